@@ -1,0 +1,1 @@
+"""JLML person re-identification (Li, Zhu, Gong, IJCAI 2017) in JAX and Flax."""
