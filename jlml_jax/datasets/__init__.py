@@ -1,7 +1,7 @@
 """The data sets by name: one TFDS builder a benchmark."""
 
 import importlib
-from pathlib import Path
+import os
 
 import tensorflow_datasets as tfds
 
@@ -16,15 +16,16 @@ _BUILDERS = {
 NAMES = tuple(sorted(_BUILDERS))
 
 
-def builder(name: str, data_dir: str | Path | None = None) -> tfds.core.DatasetBuilder:
+def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of data set `name`; `data_dir` defaults to TFDS's own (~/tensorflow_datasets)."""
     if name not in _BUILDERS:
         raise UserError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
     module, class_name = _BUILDERS[name].split(":")
-    return getattr(importlib.import_module(module), class_name)(data_dir=data_dir or None)
+    data_dir = os.path.expanduser(data_dir) if data_dir else None
+    return getattr(importlib.import_module(module), class_name)(data_dir=data_dir)
 
 
-def load(name: str, splits: tuple[str, ...], data_dir: str | Path | None = None) -> dict[str, Split]:
+def load(name: str, splits: tuple[str, ...], data_dir: str | None = None) -> dict[str, Split]:
     """Splits of a prepared data set, in memory. A data set that is drawn, not downloaded, is drawn if need be."""
     dataset = builder(name, data_dir)
     if not dataset.is_prepared():
@@ -32,5 +33,6 @@ def load(name: str, splits: tuple[str, ...], data_dir: str | Path | None = None)
             raise UserError(f"{name} is not prepared in {dataset.data_dir_root}: run "
                             f"python -m jlml_jax.prepare {name} --source=FOLDER_OF_THE_ORIGINAL_FILES "
                             f"--data_dir={dataset.data_dir_root}")
-        dataset.download_and_prepare()
+        print(f"drawing {name} into {dataset.data_dir}", flush=True)
+        dataset.build()
     return {split: load_split(dataset, split) for split in splits}

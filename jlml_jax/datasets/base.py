@@ -1,16 +1,18 @@
 """What every person data set has in common: its features on disk, and a split of it in memory."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
-import warnings
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from jlml_jax.errors import UserError
 
@@ -48,6 +50,62 @@ class PersonDatasetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
         )
+
+    def is_prepared(self) -> bool:
+        """Whether the data lies whole in `data_path`. TFDS itself looks for dataset_info.json alone."""
+        return super().is_prepared() and all(
+            file.exists() for split in self.info.splits.values() for file in split.filepaths)
+
+    def build(self, source: Path | None = None) -> None:
+        """Writes the data, from the original files in `source` if it is not drawn, in place of what may lie there.
+
+        TFDS writes into a folder `incomplete.*` and renames it at the end. Its own default takes any folder that
+        exists for the data, whatever it holds.
+        """
+        with tempfile.TemporaryDirectory() as download_dir, contextlib.redirect_stdout(io.StringIO()):
+            self.download_and_prepare(
+                download_dir=download_dir,  # TFDS makes it even where nothing is downloaded
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=source, download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """One image of a benchmark's original files, not yet read."""
+
+    name: str
+    identity: int
+    camera: int
+    origin: str  # where it lies among the original files, for messages
+    read: Callable[[], bytes]  # gives the encoded image
+
+
+@dataclasses.dataclass(frozen=True)
+class Originals:
+    """What the original files of a benchmark hold."""
+
+    splits: dict[str, list[Crop]]
+    unexpected: list[str]  # paths, within the source, of files that are left out and do not belong there
+
+
+class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
+    """Base of the data sets that are built from original files which the user has."""
+
+    # Published counts: split -> any of images, identities, cameras, distractors, junk; a count left out is 0.
+    EXPECTED: dict[str, dict[str, int]]
+
+    @classmethod
+    def inspect(cls, source: Path) -> Originals:
+        """Lists the original files in `source` with their annotation; a UserError if their layout is not the set's."""
+        raise NotImplementedError
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        originals = self.inspect(Path(dl_manager.manual_dir))
+        return {split: self._generate_examples(crops) for split, crops in originals.splits.items()}
+
+    def _generate_examples(self, crops: Sequence[Crop]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, crop in enumerate(crops):
+            yield index, {"image": crop.read(), "identity": crop.identity, "camera": crop.camera, "name": crop.name}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +149,13 @@ class Split:
 def decode_image(encoded: bytes, name: str, height: int | None = None, width: int | None = None) -> np.ndarray:
     """Decodes one image file to uint8 [height, width, 3]; its own size if none is given. Errors say `name`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded)) as image:
-                image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise UserError(f"{name} has {image.width} x {image.height} pixels, which is no crop of a person")
+            image = image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name} is not an image of a known format; replace the file") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} does not decode as an image ({error}); replace the file") from error
     if height is not None and width is not None and image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)

@@ -1,0 +1,70 @@
+"""Every field there is, with the paper's values; the other configs are deltas over this one."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "default"  # the run's folder is runs/NAME unless --workdir is given
+    config.seed = 0
+
+    config.data = data = ConfigDict()
+    data.name = "synthetic_pedestrians"
+    data.data_dir = ""  # where the TFDS data lie; empty: TFDS's default, ~/tensorflow_datasets
+    data.height = 224  # pixels; half of it must divide by model.num_strips
+    data.width = 224
+    data.mean = (0.485, 0.456, 0.406)  # of pixels / 255, subtracted by channel (ImageNet's)
+    data.std = (1.0, 1.0, 1.0)
+    data.loader = "auto"  # device: all images on the devices; tf_data: decoded by tf.data; auto: device if they fit
+
+    config.augment = augment = ConfigDict()
+    augment.flip = True  # half of the crops, left to right
+    augment.crop_padding = 0  # pixels: pad by as many on every side and crop back at random
+
+    config.model = model = ConfigDict()  # the fields of models.JLML
+    model.branches = "both"  # both, global, local
+    model.loss = "multi"  # multi: a classifier a branch; uni: one on the concatenation (Table 10)
+    model.shared_stem = True  # False: a stem a branch (Table 11)
+    model.num_strips = 4
+    model.stem_features = 32
+    model.global_widths = (32, 64, 128, 256)
+    model.local_widths = (16, 32, 64, 128)
+    model.depth = 3  # residual units a stage
+    model.global_feature_dim = 512
+    model.local_feature_dim = 512
+    model.feature_norm = False  # BN between the feature fc and the identity fc
+    model.feature_relu = False  # ReLU there
+    model.norm_momentum = 0.9
+    model.norm_epsilon = 1e-5
+
+    config.loss = loss = ConfigDict()
+    loss.lambda_global = 5e-4  # l2,1 penalty; 0 with the next: without selective feature learning (Table 12)
+    loss.lambda_local = 5e-4  # exclusive l1,2 penalty
+    loss.label_smoothing = 0.0
+
+    config.optim = optim = ConfigDict()  # Table 4, "Train"
+    optim.learning_rate = 0.01
+    optim.schedule = "step"  # step, cosine
+    optim.decay_every = 20_000  # steps
+    optim.decay_factor = 0.1
+    optim.warmup_steps = 0
+    optim.momentum = 0.9
+    optim.nesterov = False
+    optim.weight_decay = 0.0
+
+    config.train = train = ConfigDict()
+    train.steps = 50_000
+    train.batch_size = 32  # global, over all devices
+
+    config.evaluate = evaluate = ConfigDict()
+    evaluate.normalize = "none"  # none, joint, per_branch: L2 normalisation of the matching feature
+    evaluate.batch_size = 128  # global
+    evaluate.max_rank = 50
+    evaluate.baselines = False  # also chance, a colour histogram and the untrained network
+    evaluate.picture = True  # ranked.png: a few queries with their top 10
+
+    config.log_every = 100  # steps
+    config.checkpoint_every = 1000  # steps
+    config.keep_checkpoints = 2
+    config.compilation_cache = "~/.cache/jlml_jax"  # XLA's compiled programs, kept between runs; empty: none
+    return config

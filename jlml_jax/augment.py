@@ -1,0 +1,39 @@
+"""From uint8 crops to the network's input, on the device: flip and normalise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+
+def normalise(images: jax.Array, data: ml_collections.ConfigDict) -> jax.Array:
+    """uint8 [B, H, W, 3] -> float32: (pixel / 255 - mean) / std by channel."""
+    scale = 1.0 / (255.0 * jnp.asarray(data.std, jnp.float32))
+    shift = jnp.asarray(data.mean, jnp.float32) / jnp.asarray(data.std, jnp.float32)
+    return images.astype(jnp.float32) * scale - shift
+
+
+def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDict, axis_name: str | None = None
+            ) -> jax.Array:
+    """Random changes to a batch of uint8 crops [b, H, W, 3], independent for each.
+
+    `key` is the global batch's: the device's rows take their own part of what is drawn for all, so that the number of
+    devices changes nothing.
+    """
+    devices = jax.lax.axis_size(axis_name) if axis_name else 1
+    first = jax.lax.axis_index(axis_name) * len(images) if axis_name else 0
+    keys = jax.lax.dynamic_slice_in_dim(jax.random.split(key, devices * len(images)), first, len(images))
+    return jax.vmap(functools.partial(_augment_one, settings))(keys, images)
+
+
+def _augment_one(settings, key, image):
+    flip_key, crop_key = jax.random.split(key)
+    if settings.flip:
+        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+    if settings.crop_padding:
+        pad = settings.crop_padding
+        padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
+        top, left = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
+        image = jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
+    return image

@@ -1,0 +1,122 @@
+"""Orbax save and restore of a run, with the config and the label map beside the weights."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jlml_jax.errors import UserError
+
+# What may differ between a run and its resumption: it changes what is shown or kept, not what is learned.
+FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_every", "keep_checkpoints",
+               "compilation_cache")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a whole file or nothing: a reader never sees half of it."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: dict[str, Any]) -> None:
+    """Writes config.json and label_map.json into a new run's folder; in an old one, refuses another run's.
+
+    `label_map` is JSON: the training set, its fingerprint, and the identity that each class stands for.
+    """
+    config_path, labels_path = workdir / "config.json", workdir / "label_map.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if config_path.exists():
+            _refuse_difference(workdir, json.loads(config_path.read_text()), json.loads(config.to_json()))
+        elif any(workdir.iterdir()):
+            raise UserError(f"{workdir} has files in it but no config.json, so it is not a run's folder; "
+                            "give another --workdir or empty it")
+        if labels_path.exists() and json.loads(labels_path.read_text()) != label_map:
+            raise UserError(f"{workdir} was trained on another version of {label_map['dataset']} than the one in "
+                            "data.data_dir; give another --workdir, or the data that it was trained on")
+        write_atomically(config_path, config.to_json(indent=1))
+        write_atomically(labels_path, json.dumps(label_map))
+    except OSError as error:
+        raise UserError(f"cannot use the run's folder {workdir}: {error.strerror}; give another --workdir") from error
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _refuse_difference(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    old, new = _flatten(old), _flatten(new)
+    differing = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in sorted(old.keys() | new.keys())
+                 if old.get(key) != new.get(key) and not key.startswith(FREE_FIELDS)]
+    if differing:
+        raise UserError(f"{workdir} holds a run with another config: {', '.join(differing)}; "
+                        "give another --workdir, or the same fields")
+
+
+def read_config(workdir: Path) -> ml_collections.ConfigDict:
+    """The config of the run in `workdir`."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} is not a run's folder: it has no config.json; give --workdir of a trained run")
+    tree = json.loads(path.read_text())
+    return ml_collections.ConfigDict(jax.tree.map(
+        lambda x: tuple(x) if isinstance(x, list) else x, tree, is_leaf=lambda x: isinstance(x, list)))
+
+
+class Checkpoints:
+    """The checkpoints of one run: `workdir`/checkpoints/STEP, written aside and renamed when whole."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            item_names=("state", "progress"),
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Saves the train state and `progress` (JSON); goes on writing in the background."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)))
+
+    def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
+        """The latest state, with the shapes, types and shardings of `state` (arrays or shapes), and its progress."""
+        step = self.latest_step()
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()))
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(f"checkpoint {step} in {self._manager.directory} does not restore "
+                            f"({str(error)[:200]}); delete that folder to go on from the one before") from error
+        return restored["state"], restored["progress"]
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def to_host(tree: Any) -> Any:
+    """Device arrays to NumPy."""
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,48 @@
+"""A whole data set as one uint8 array on the devices, its batches drawn inside the step. Needs no TensorFlow."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jlml_jax import parallel, sampling
+from jlml_jax.datasets.base import Split
+
+
+@flax.struct.dataclass
+class DeviceData:
+    """Training images and labels, replicated on the devices."""
+
+    images: jax.Array  # uint8 [N, H, W, 3]
+    labels: jax.Array  # int32 [N]
+
+
+def place(split: Split, labels: np.ndarray, height: int, width: int, mesh: Mesh) -> DeviceData:
+    """Decodes `split` once and puts it on every device of the mesh; labels int [N]."""
+    return parallel.replicate(DeviceData(split.decode(height, width), labels.astype(np.int32)), mesh)
+
+
+def draw(data: DeviceData, seed: int, step: jax.Array, batch_size: int, axis_name: str
+         ) -> tuple[jax.Array, jax.Array]:
+    """This device's rows (images, labels) of the global batch at `step`; called inside the per-device step."""
+    indices = sampling.batch_indices(seed, step, len(data.labels), batch_size)
+    local = batch_size // jax.lax.axis_size(axis_name)
+    indices = jax.lax.dynamic_slice_in_dim(indices, jax.lax.axis_index(axis_name) * local, local)
+    return jnp.take(data.images, indices, axis=0), jnp.take(data.labels, indices, axis=0)
+
+
+def decode_batches(split: Split, batches: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+    """uint8 [b, height, width, 3] for every array of indices [b], decoded one batch ahead."""
+    with ThreadPoolExecutor(1) as ahead:
+        pending = None
+        for indices in batches:
+            following = ahead.submit(split.select(indices).decode, height, width)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()

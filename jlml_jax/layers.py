@@ -1,0 +1,107 @@
+"""Convolution, batch normalisation and max-pooling, each in the form its backend runs fast.
+
+On GPU and TPU (`native=True`) every layer is the operation the vendor's library implements. XLA's CPU backend has slow
+spots that the other form (`native=False`) goes around, with the same parameters and the same results:
+
+- the gradient of `reduce_window` max is a select-and-scatter: a maximum over shifted slices is several times faster;
+- a 1x1 convolution is a matrix product over pixels, and strided it needs only the pixels that it keeps;
+- a 3x3 convolution whose map is smaller than its window misses the fast path and takes a loop a hundred times slower.
+
+`experiments/results/cpu_train_step.md` has the measurements.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # He et al. 2015: not truncated
+
+
+class Conv(nn.Module):
+    """Square convolution without bias, [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features].
+
+    Padding is symmetric, (kernel_size - 1) / 2 on every side.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    native: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size, stride = self.kernel_size, self.stride
+        kernel = self.param("kernel", he_normal, (size, size, x.shape[-1], self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if not self.native and size == 1:
+            return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
+        if not self.native and min(x.shape[1:3]) < size:
+            return jnp.dot(_patches(x, size, stride), kernel.reshape(-1, self.features))
+        pad = (size - 1) // 2
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=_DIMENSIONS)
+
+
+def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
+    """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), size * size * C], the window's taps in HWIO order."""
+    pad, (height, width) = (size - 1) // 2, x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return jnp.concatenate([x[:, i:i + height:stride, j:j + width:stride]
+                            for i in range(size) for j in range(size)], axis=-1)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last; statistics of the whole batch on the mesh axis `axis_name`.
+
+    The variance is E[x^2] - E[x]^2, so that one pass over `x` and one all-reduce give both moments. Statistics are
+    float32 whatever the compute type. The running variance is the biased one, as in Flax.
+    """
+
+    axis_name: str | None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        features = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (features,))
+        if train:
+            axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.float32)
+            moments = jnp.stack([wide.mean(axes), jnp.square(wide).mean(axes)])
+            if self.axis_name is not None and not self.is_initializing():
+                moments = jax.lax.pmean(moments, self.axis_name)
+            mean = moments[0]
+            var = jnp.maximum(moments[1] - jnp.square(mean), 0.0)
+            if not self.is_initializing():
+                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+        else:
+            mean, var = running_mean.value, running_var.value
+        multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
+        return (x * multiplier + (bias - mean * multiplier)).astype(self.dtype)
+
+
+def max_pool(x: jax.Array, window: tuple[int, int], strides: tuple[int, int],
+             padding: tuple[tuple[int, int], tuple[int, int]], *, native: bool) -> jax.Array:
+    """Maximum over windows of [B, H, W, C]; `padding` in rows (above, below) and columns (left, right)."""
+    if native:
+        return nn.max_pool(x, window, strides, padding)
+    lowest = jnp.finfo(x.dtype).min
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=lowest)
+    rows = _max_of_shifts(x, 1, window[0], strides[0])
+    return _max_of_shifts(rows, 2, window[1], strides[1])
+
+
+def _max_of_shifts(x: jax.Array, axis: int, window: int, stride: int) -> jax.Array:
+    length = (x.shape[axis] - window) // stride + 1
+    shifts = [jax.lax.slice_in_dim(x, i, i + (length - 1) * stride + 1, stride, axis) for i in range(window)]
+    result = shifts[0]
+    for shift in shifts[1:]:
+        result = jnp.maximum(result, shift)
+    return result

@@ -1,0 +1,112 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard events and a line of progress."""
+
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+
+# Fields of metrics.jsonl that say how long things took; all others are equal whenever the same run is run again.
+TIME_FIELDS = ("images_per_second", "seconds")
+
+
+class TrainingLog:
+    """Collects the metrics of every step and reports their means over the steps since the last report.
+
+    On resumption the lines of `metrics.jsonl` after `first_step` are dropped, because those steps come again, and
+    `interval` (what `interval()` gave when the checkpoint was made) restores the steps that were not yet reported.
+    """
+
+    def __init__(self, workdir: Path, first_step: int, total_steps: int, batch_size: int,
+                 interval: dict[str, list[float]] | None = None):
+        self._path = workdir / "metrics.jsonl"
+        self._total_steps, self._batch_size = total_steps, batch_size
+        self._interval: dict[str, list[float]] = dict(interval or {})
+        self._drop_lines_after(first_step)
+        self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
+        self._events = _EventWriter(workdir, first_step)
+        self._start = self._mark = None
+        self._mark_step = first_step
+
+    def _drop_lines_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break  # a line that a kill cut short, or the first to be repeated
+            kept.append(line)
+        part = self._path.with_name(self._path.name + ".part")
+        part.write_text("".join(kept))
+        part.replace(self._path)
+
+    def interval(self) -> dict[str, list[float]]:
+        """The values of every step since the last report, by name."""
+        return self._interval
+
+    def add(self, done: int, metrics: dict[str, float]) -> None:
+        """Takes the metrics of step `done` - 1, whose computation has ended."""
+        for name, value in metrics.items():
+            self._interval.setdefault(name, []).append(value)
+        if self._start is None:  # the first step's time is the compiler's
+            self._start = self._mark = time.perf_counter()
+            self._mark_step = done
+
+    def report(self, done: int, learning_rate: float) -> None:
+        """Writes and prints the means over the steps since the last report, after `done` steps."""
+        now = time.perf_counter()
+        means = {name: float(np.mean(values)) for name, values in self._interval.items()}
+        self._interval = {}
+        rate = (done - self._mark_step) * self._batch_size / max(now - self._mark, 1e-9)
+        self._mark, self._mark_step = now, done
+        record = {"step": done, **means, "learning_rate": learning_rate, "images_per_second": round(rate, 2),
+                  "seconds": round(now - self._start, 3)}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._events.add(done, {name: value for name, value in record.items() if name not in ("step", "seconds")})
+        self._print(done, means, rate)
+
+    def _print(self, done: int, means: dict[str, float], rate: float) -> None:
+        parts = []
+        for head in [name.split("/")[1] for name in means if name.startswith("cross_entropy/")]:
+            part = f"{head} {means[f'cross_entropy/{head}']:.3f}"
+            if f"penalty/{head}" in means:
+                part += f" + {means[f'penalty/{head}']:.3f}"
+            parts.append(f"{part} ({100 * means[f'accuracy/{head}']:.1f} %)")
+        left = (self._total_steps - done) * self._batch_size / rate if rate else 0.0
+        print(f"step {done}/{self._total_steps}  loss {means['loss']:.3f}  {'  '.join(parts)}  "
+              f"{rate:.1f} images/s  {_duration(left)} left", flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class _EventWriter:
+    """TensorBoard's own event writer; from `first_step` on, earlier events of the same steps are superseded."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        # TensorBoard imports all of TensorFlow where it is installed, just to open files, unless this module exists.
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        self._event, self._summary = event_pb2, summary_pb2.Summary
+        self._writer = EventFileWriter(str(workdir))
+        if first_step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=start))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
+        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._writer.close()

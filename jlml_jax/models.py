@@ -1,0 +1,191 @@
+"""JLML-ResNet39 (paper, Table 1 and Figure 1) as pure Flax Linen modules."""
+
+import functools
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlml_jax.errors import UserError
+from jlml_jax.layers import BatchNorm, Conv, he_normal, max_pool
+
+BRANCHES = ("global", "local")
+
+
+class ResidualUnit(nn.Module):
+    """Bottleneck [1x1, 3x3, 1x1] with a shortcut (He et al. 2016); BN after every conv, ReLU after the sum.
+
+    [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features[1]]. The stride is on the first 1x1 conv, and the
+    shortcut is the identity where shapes agree, else a strided 1x1 conv with BN.
+    """
+
+    features: tuple[int, int]  # of the first two convs, of the last
+    stride: int
+    conv: type[nn.Module]
+    norm: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        inner, outer = self.features
+        y = nn.relu(self.norm(name="norm1")(self.conv(inner, 1, self.stride, name="conv1")(x), train))
+        y = nn.relu(self.norm(name="norm2")(self.conv(inner, 3, name="conv2")(y), train))
+        y = self.norm(name="norm3")(self.conv(outer, 1, name="conv3")(y), train)
+        if self.stride != 1 or x.shape[-1] != outer:
+            x = self.norm(name="shortcut_norm")(self.conv(outer, 1, self.stride, name="shortcut_conv")(x), train)
+        return nn.relu(x + y)
+
+
+class Tower(nn.Module):
+    """conv2_x to conv5_x and the average pool: [B, H, W, C] -> [B, 2 * widths[-1]], float32.
+
+    Each stage is `depth` residual units of `widths[k]` inner and twice as many outer features; every stage but the
+    first halves height and width.
+    """
+
+    widths: Sequence[int]
+    depth: int
+    conv: type[nn.Module]
+    norm: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for stage, width in enumerate(self.widths):
+            for unit in range(self.depth):
+                stride = 2 if stage > 0 and unit == 0 else 1
+                x = ResidualUnit((width, 2 * width), stride, self.conv, self.norm,
+                                 name=f"conv{stage + 2}_{unit + 1}")(x, train)
+        return x.astype(jnp.float32).mean((1, 2))
+
+
+class Stem(nn.Module):
+    """conv1, the layer that both branches share: 3x3, stride 2, BN, ReLU; [B, H, W, 3] -> [B, H/2, W/2, features]."""
+
+    features: int
+    conv: type[nn.Module]
+    norm: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        return nn.relu(self.norm(name="norm")(self.conv(self.features, 3, 2, name="conv")(images), train))
+
+
+class Head(nn.Module):
+    """Feature fc (the layer that the sparsity penalties select on), then BN and ReLU if asked: [B, D] -> [B, dim]."""
+
+    dim: int
+    norm: type[nn.Module] | None
+    relu: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.Dense(self.dim, kernel_init=he_normal, name="fc")(x)
+        if self.norm is not None:
+            x = self.norm(name="norm")(x, train)
+        return nn.relu(x) if self.relu else x
+
+
+class JLML(nn.Module):
+    """The two-branch network: images float32 [B, H, W, 3], already normalised, to features and identity logits.
+
+    Returns `{"features": {branch: [B, feature_dim]}, "logits": {head: [B, num_identities]}}`. The heads are the
+    branches (`loss="multi"`, a classifier a branch) or `"joint"` alone (`loss="uni"`, one classifier on the
+    concatenation, Table 10). With `num_identities=0` there are no identity layers and `logits` is empty.
+
+    Height must be even and H/2 must divide by `num_strips`; `check_input_size` tells before anything is traced.
+    """
+
+    num_identities: int
+    branches: str = "both"  # both, global, local (Table 9, trained alone)
+    loss: str = "multi"  # multi, uni (Table 10)
+    shared_stem: bool = True  # False: a stem a branch (Table 11)
+    num_strips: int = 4
+    stem_features: int = 32
+    global_widths: Sequence[int] = (32, 64, 128, 256)
+    local_widths: Sequence[int] = (16, 32, 64, 128)
+    depth: int = 3  # residual units a stage
+    global_feature_dim: int = 512
+    local_feature_dim: int = 512
+    feature_norm: bool = False  # BN after the feature fc
+    feature_relu: bool = False  # ReLU after it
+    norm_momentum: float = 0.9
+    norm_epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    native: bool = True  # see layers.py: False on CPU
+    axis_name: str | None = None  # the mesh axis that BN statistics are taken over
+
+    def active_branches(self) -> tuple[str, ...]:
+        return BRANCHES if self.branches == "both" else (self.branches,)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> dict[str, dict[str, jax.Array]]:
+        conv = functools.partial(Conv, native=self.native, dtype=self.dtype)
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, momentum=self.norm_momentum,
+                                 epsilon=self.norm_epsilon, dtype=self.dtype)
+        feature_norm = functools.partial(norm, dtype=jnp.float32) if self.feature_norm else None
+
+        stems = {}
+        for branch in self.active_branches():
+            name = "stem" if self.shared_stem else f"{branch}_stem"
+            if name not in stems:
+                stems[name] = Stem(self.stem_features, conv, norm, name=name)(images, train)
+
+        features = {}
+        for branch in self.active_branches():
+            x = stems["stem" if self.shared_stem else f"{branch}_stem"]
+            if branch == "global":
+                x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)), native=self.native)
+                x = Tower(self.global_widths, self.depth, conv, norm, name="global_tower")(x, train)
+                head = Head(self.global_feature_dim, feature_norm, self.feature_relu, name="global_head")
+            else:
+                # Towers of identical shape but own weights, one after the other: on CPU vmap and grouped convs are
+                # several times slower, and XLA runs independent towers concurrently.
+                pooled = []
+                for j, strip in enumerate(jnp.split(x, self.num_strips, axis=1)):
+                    # One row padded below keeps the height: the table's "2x2 MP, S-1" whose output is 28x56.
+                    strip = max_pool(strip, (2, 2), (1, 2), ((0, 1), (0, 0)), native=self.native)
+                    pooled.append(Tower(self.local_widths, self.depth, conv, norm,
+                                        name=f"local_tower_{j}")(strip, train))
+                x = jnp.concatenate(pooled, axis=-1)  # strip-major, which the exclusive penalty relies on
+                head = Head(self.local_feature_dim, feature_norm, self.feature_relu, name="local_head")
+            features[branch] = head(x, train)
+
+        logits = {}
+        if self.num_identities:
+            inputs = features if self.loss == "multi" else {"joint": jnp.concatenate(list(features.values()), -1)}
+            for name, x in inputs.items():
+                logits[name] = nn.Dense(self.num_identities, kernel_init=he_normal,
+                                        name=f"{name}_identity")(x)
+        return {"features": features, "logits": logits}
+
+
+def check_input_size(height: int, width: int, num_strips: int) -> None:
+    """Refuses an image size (pixels) that the stem and the strips do not divide evenly."""
+    if height < 4 or width < 4 or height % 2 or width % 2:
+        raise UserError(f"data.height={height} and data.width={width} must be even and at least 4")
+    if (height // 2) % num_strips:
+        nearest = max(1, round(height / (2 * num_strips))) * 2 * num_strips
+        raise UserError(f"data.height={height}: half of it does not divide by model.num_strips={num_strips}; "
+                        f"the nearest height that does is {nearest}")
+
+
+def init_variables(model: nn.Module, seed: int, height: int, width: int) -> dict[str, Any]:
+    """Initial `params` and `batch_stats` as NumPy arrays: He-normal kernels, scales and variances 1, the rest 0.
+
+    The same distribution as `model.init`, drawn on the host from (seed, the parameter's path): XLA takes longer to
+    compile 200 random initialisers than to train for an epoch, and this is the same on every backend.
+    """
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, 3))))
+
+    def draw(path, leaf):
+        name = "/".join(key.key for key in path)
+        if name.endswith("/kernel"):
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            std = np.sqrt(2.0 / np.prod(leaf.shape[:-1]))
+            return std.astype(np.float32) * rng.standard_normal(leaf.shape, np.float32)
+        return np.full(leaf.shape, name.endswith(("/scale", "/var")), np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)

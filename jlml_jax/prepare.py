@@ -1,0 +1,165 @@
+"""Checks the original files of a data set against its published counts, then builds the TFDS data from them."""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from absl import logging
+from tqdm import tqdm
+
+from jlml_jax import datasets
+from jlml_jax.datasets.base import DISTRACTOR, JUNK, Crop, decode_image
+from jlml_jax.errors import UserError, exit_status
+
+_EXAMPLE = """example:
+  python -m jlml_jax.prepare market1501 --source=Market-1501-v15.09.15
+  python -m jlml_jax.prepare synthetic_pedestrians
+"""
+
+
+def _first(items: Sequence[str]) -> str:
+    """The first three of `items`, as a part of a one-line message."""
+    return "; ".join([*items[:3], *["..."] * (len(items) > 3)])
+
+
+def count(crops: Iterable[Crop]) -> dict[str, int]:
+    """Counts of a split: images, identities (persons alone), cameras, distractors, junk."""
+    identities = Counter(crop.identity for crop in crops)
+    return {
+        "images": identities.total(),
+        "identities": sum(identity > 0 for identity in identities),
+        "cameras": len({crop.camera for crop in crops}),
+        "distractors": identities[DISTRACTOR],
+        "junk": identities[JUNK],
+    }
+
+
+def check_counts(splits: dict[str, list[Crop]], expected: dict[str, dict[str, int]], source: Path) -> None:
+    """Prints published and found counts as a table; a UserError names those that differ."""
+    print(f"{'split':<12} {'count':<12} {'expected':>9} {'found':>9}")
+    wrong = []
+    for split, crops in splits.items():
+        for what, found in count(crops).items():
+            published = expected[split].get(what, 0)
+            if published or found:
+                print(f"{split:<12} {what:<12} {published:>9,} {found:>9,}{'  differs' * (found != published)}")
+            if found != published:
+                wrong.append(f"{split} has {found:,} {what} instead of {published:,}")
+    if wrong:
+        raise UserError(f"{source} does not hold the data set as published: {_first(wrong)}; "
+                        "unpack or copy the original files again")
+
+
+def check_images(crops: Sequence[Crop], source: Path) -> int:
+    """Reads and decodes every image; a UserError names the first that fail. Returns the sum of their sizes in bytes."""
+    def check(crop: Crop) -> int | str:
+        try:
+            encoded = crop.read()
+            decode_image(encoded, crop.origin)
+        except (OSError, UserError) as error:
+            return str(error)
+        return len(encoded)
+
+    pool = ThreadPoolExecutor()  # Pillow releases the GIL while it decodes
+    try:
+        results = list(tqdm(pool.map(check, crops), "decoding", len(crops), unit=" images", leave=False, disable=None))
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest
+    failures = [result for result in results if isinstance(result, str)]
+    if failures:
+        raise UserError(f"{len(failures)} of {len(crops):,} images in {source} are unreadable: "
+                        f"{_first(failures)}")
+    print(f"all {len(crops):,} images decode")
+    return sum(results)
+
+
+def check_room(data_dir: Path, num_bytes: int) -> None:
+    """A UserError if `data_dir` cannot be written to or has no room for `num_bytes`."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=data_dir).close()
+        free = shutil.disk_usage(data_dir).free
+    except OSError as error:
+        raise UserError(f"cannot write to {data_dir} ({error}); give another --data_dir") from error
+    if free < num_bytes:
+        raise UserError(f"{data_dir} has {free / 1e6:,.1f} MB free, {num_bytes / 1e6:,.1f} MB are needed; make room or "
+                        "give another --data_dir")
+
+
+def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | None = None, *,
+            overwrite: bool = False) -> None:
+    """Checks and builds data set `name`; does nothing if that is done already and `overwrite` is False.
+
+    Args:
+        name: one of `datasets.NAMES`.
+        source: folder of the original files; None for a data set that is drawn.
+        data_dir: where TFDS keeps data; its own default if None.
+        overwrite: build anew, in place of what was built before.
+
+    Raises:
+        UserError: the original files are not those published, or `data_dir` cannot take the data.
+    """
+    dataset = datasets.builder(name, data_dir)
+    drawn = getattr(dataset, "DRAWN", False)
+    if drawn and source is not None:
+        raise UserError(f"{name} is drawn, not read: leave out --source")
+    if not drawn and not source:
+        raise UserError(f"{name} needs --source=FOLDER. {' '.join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())}")
+    if dataset.is_prepared() and not overwrite:
+        print(f"{name} is prepared already in {dataset.data_path} (--overwrite builds it anew)")
+        return
+
+    root = Path(dataset.data_dir_root)
+    if drawn:
+        check_room(root, 0)
+    else:
+        source = Path(source).expanduser()
+        try:
+            originals = dataset.inspect(source)
+        except OSError as error:
+            raise UserError(f"cannot read {source} ({error}); give a readable --source") from error
+        if originals.unexpected:
+            print(f"{len(originals.unexpected)} files not of the data set are left out: {_first(originals.unexpected)}")
+        check_counts(originals.splits, dataset.EXPECTED, source)
+        check_room(root, 0)  # before the minutes that decoding may take
+        num_bytes = check_images([crop for crops in originals.splits.values() for crop in crops], source)
+        check_room(root, int(1.1 * num_bytes))  # images as they are, plus annotation and index
+
+    print(f"writing {dataset.data_path}")
+    try:
+        dataset.build(source)
+    except (OSError, RuntimeError) as error:
+        # array_record tells of a full disk, and the like, as RuntimeError("... write() failed: No space left ...").
+        if isinstance(error, RuntimeError) and "() failed: " not in str(error):
+            raise
+        raise UserError(f"cannot write {dataset.data_path} ({error}); make room or give another --data_dir") from error
+    print(f"{name} is prepared: " + ", ".join(f"{split} {info.num_examples:,}"
+                                              for split, info in dataset.info.splits.items()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command with `arguments` (None: the process's own); returns its exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m jlml_jax.prepare", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", metavar="DATASET", help=" or ".join(datasets.NAMES))
+    parser.add_argument("--source", metavar="DIR", help="folder of the original files; none for a set that is drawn")
+    parser.add_argument("--data_dir", metavar="DIR", help="where to keep the data (default: $TFDS_DATA_DIR, else "
+                                                          "~/tensorflow_datasets)")
+    parser.add_argument("--overwrite", action="store_true", help="build anew what is prepared already")
+    options = parser.parse_args(arguments)
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every folder that is not there yet
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    return exit_status(lambda: prepare(options.dataset, options.source, options.data_dir,
+                                       overwrite=options.overwrite))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

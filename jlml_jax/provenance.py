@@ -1,0 +1,48 @@
+"""Where a result comes from: versions, hardware, command and commit."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "pillow")
+
+
+def collect() -> dict[str, Any]:
+    """JSON for `results.json`; the caller adds what it alone knows (seed, wall time, data)."""
+    source = Path(__file__).parent
+    commit = _git(source, "rev-parse", "HEAD")
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "uncommitted_changes": bool(_git(source, "status", "--porcelain", "--", ".")) if commit else None,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "hardware": {"platform": jax.default_backend(), "devices": jax.device_count(),
+                     "device_kind": jax.devices()[0].device_kind, "processes": jax.process_count(),
+                     "machine": platform.machine(), "cpus": _cpus()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says of the checkout that the package runs from; None where it is installed without one."""
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

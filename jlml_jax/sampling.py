@@ -1,0 +1,44 @@
+"""Which images a batch holds: a function of (seed, step), the same for every loader and any number of processes."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from jlml_jax.errors import UserError
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Whole batches in one pass; the few images left over in an epoch come elsewhere in the next one's order."""
+    if batch_size > num_images:
+        raise UserError(f"train.batch_size={batch_size} is larger than the training set of {num_images} images")
+    return num_images // batch_size
+
+
+def batch_indices(seed: int, step: jax.Array | int, num_images: int, batch_size: int) -> jax.Array:
+    """Indices int32 [batch_size] of the images of the global batch at `step` (0 and up).
+
+    Every epoch is a fresh permutation, drawn from (seed, epoch). May be traced; gives the same on every backend.
+    """
+    epoch, position = divmod(step, steps_per_epoch(num_images, batch_size))
+    order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), num_images)
+    return jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
+
+
+def training_batches(seed: int, first_step: int, last_step: int, num_images: int,
+                     batch_size: int) -> Iterator[np.ndarray]:
+    """The indices of the batches of steps `first_step` to `last_step` - 1, on the host."""
+    draw = jax.jit(batch_indices, static_argnums=(0, 2, 3), backend="cpu")
+    for step in range(first_step, last_step):
+        yield np.asarray(draw(seed, step, num_images, batch_size))
+
+
+def evaluation_batches(num_images: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(indices int [batch_size], mask bool [batch_size]) that hold every image exactly once where mask is true.
+
+    The last batch is padded with image 0, so that every batch has the same shape.
+    """
+    for start in range(0, num_images, batch_size):
+        indices = np.arange(start, start + batch_size)
+        mask = indices < num_images
+        yield np.where(mask, indices, 0), mask

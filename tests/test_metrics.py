@@ -1,0 +1,360 @@
+"""jlml_jax.metrics against hand-computed examples and a brute-force reference written from the protocol's text."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from jlml_jax import metrics
+from jlml_jax.errors import UserError
+
+
+def reference(distances, query_ids, gallery_ids, query_cameras, gallery_cameras, max_rank, columns=None):
+    """(cmc, AP, trapezoid AP, INP, number of queries) by plain loops; None if no query is valid."""
+    curves, aps, trapezoids, inps = [], [], [], []
+    for q in range(len(query_ids)):
+        if query_ids[q] < 1:
+            continue
+        ranking = []
+        for g in range(len(gallery_ids)) if columns is None else columns:
+            same = gallery_ids[g] == query_ids[q]
+            if gallery_ids[g] == -1 or (same and gallery_cameras[g] == query_cameras[q]):
+                continue
+            ranking.append((distances[q][g], bool(same)))
+        ranking.sort()  # False before True: of equal distances the wrong image comes first
+        good = sum(same for _, same in ranking)
+        if not good:
+            continue
+        # the loop of Market-1501's compute_AP.m
+        ap, trapezoid, found, old_recall, old_precision = 0.0, 0.0, 0, 0.0, 1.0
+        curve = [0.0] * max_rank
+        for position, (_, same) in enumerate(ranking):
+            if same:
+                found += 1
+                ap += found / (position + 1) / good
+                last = position + 1
+                for k in range(position, max_rank):
+                    curve[k] = 1.0
+            recall, precision = found / good, found / (position + 1)
+            trapezoid += (recall - old_recall) * (old_precision + precision) / 2
+            old_recall, old_precision = recall, precision
+        curves.append(curve)
+        aps.append(ap)
+        trapezoids.append(trapezoid)
+        inps.append(good / last)
+    if not curves:
+        return None
+    return np.mean(curves, axis=0), np.mean(aps), np.mean(trapezoids), np.mean(inps), len(curves)
+
+
+def assert_equal(result, expected, tolerance=1e-9):
+    cmc, ap, trapezoid, inp, count = expected
+    np.testing.assert_allclose(result.cmc, cmc, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(
+        [result.mean_ap, result.mean_ap_trapezoid, result.mean_inp], [ap, trapezoid, inp], rtol=0, atol=tolerance
+    )
+    assert result.num_valid_queries == count
+
+
+def random_labels(rng, num_queries, num_gallery, num_ids=5, num_cameras=3):
+    """Persons, distractors and junk on both sides, and persons without a match."""
+    return (
+        rng.integers(-1, num_ids + 2, num_queries),
+        rng.integers(-1, num_ids + 1, num_gallery),
+        rng.integers(1, num_cameras + 1, num_queries),
+        rng.integers(1, num_cameras + 1, num_gallery),
+    )
+
+
+def one_query(distances, same, **kwargs):
+    """Metrics of one query of person 1; same[g] says whether gallery image g is a true match."""
+    ids = np.where(same, 1, 2)
+    return metrics.rank_metrics(np.array([distances]), [1], ids, [1], np.full(len(ids), 2), **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_brute_force_on_random_cases(seed, dtype):
+    rng = np.random.default_rng(seed)
+    num_queries, num_gallery, max_rank = rng.integers(1, 14), rng.integers(1, 40), int(rng.integers(1, 60))
+    labels = random_labels(rng, num_queries, num_gallery, rng.integers(1, 6), rng.integers(1, 4))
+    levels = [3, 10, 10**6][seed % 3]  # from nearly all tied to hardly any
+    distances = rng.integers(-levels, levels, (num_queries, num_gallery)).astype(dtype)
+    expected = reference(distances.tolist(), *labels, max_rank)
+    if expected is None:
+        with pytest.raises(UserError, match="no query has a true match"):
+            metrics.rank_metrics(distances, *labels, max_rank=max_rank)
+    else:
+        assert_equal(metrics.rank_metrics(distances, *labels, max_rank=max_rank), expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_brute_force_from_features(seed):
+    rng = np.random.default_rng(seed)
+    labels = random_labels(rng, 40, 90)
+    if seed % 2:  # small integers: heavy ties, which must survive centring
+        query, gallery = rng.integers(0, 3, (40, 4)).astype(np.float32), rng.integers(0, 3, (90, 4)).astype(np.float32)
+    else:
+        query, gallery = rng.normal(size=(40, 32)) + 30, rng.normal(size=(90, 32)) + 30
+    distances = ((query[:, None].astype(np.float64) - gallery) ** 2).sum(axis=2)
+    assert_equal(metrics.evaluate_ranking(query, gallery, *labels), reference(distances, *labels, 50), 1e-6)
+
+
+def test_hand_computed():
+    # ranks of the true matches: 1, 3, 6
+    result = one_query([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [True, False, True, False, False, True], max_rank=8)
+    assert result.mean_ap == pytest.approx((1 + 2 / 3 + 3 / 6) / 3, abs=1e-12)
+    # precision one rank earlier: 1 by definition, 1/2, 2/5
+    expected = ((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2 + (2 / 5 + 3 / 6) / 2) / 3
+    assert result.mean_ap_trapezoid == pytest.approx(expected, abs=1e-12)
+    assert result.mean_inp == pytest.approx(3 / 6, abs=1e-12)
+    np.testing.assert_array_equal(result.cmc, np.ones(8))
+    assert result.num_valid_queries == 1
+    # first match at rank 2: the precision before it is 0, not 1
+    result = one_query([0.1, 0.2, 0.3], [False, True, False], max_rank=2)
+    assert (result.mean_ap, result.mean_ap_trapezoid, result.mean_inp) == (0.5, 0.25, 0.5)
+    np.testing.assert_array_equal(result.cmc, [0, 1])
+
+
+def test_perfect_ranking_scores_one():
+    result = one_query([1.0, 2.0, 3.0, 4.0], [True, True, True, False])
+    assert (result.mean_ap, result.mean_ap_trapezoid, result.mean_inp) == (1, 1, 1)
+    np.testing.assert_array_equal(result.cmc, np.ones(50))
+
+
+def test_on_equal_distances_the_wrong_image_ranks_first():
+    for same in ([True, False, False], [False, False, True]):
+        result = one_query([0.5, 0.5, 0.5], same, max_rank=4)
+        np.testing.assert_array_equal(result.cmc, [0, 0, 1, 1])
+        assert result.mean_inp == pytest.approx(1 / 3)
+    # a network that has collapsed gives the lowest score, not a perfect one
+    constant = np.full((1, 8), 0.3)
+    result = metrics.evaluate_ranking(constant, np.repeat(constant, 10, 0), [1], [1] + [2] * 9, [1], [2] * 10)
+    assert result.mean_ap == pytest.approx(1 / 10)
+
+
+def test_ignored_images_do_not_count_and_distractors_do():
+    # nearest first: own camera, junk, distractor, true match
+    distances = np.array([[0.1, 0.2, 0.3, 0.4]])
+    result = metrics.rank_metrics(distances, [1], [1, -1, 0, 1], [1], [1, 2, 1, 2], max_rank=3)
+    np.testing.assert_array_equal(result.cmc, [0, 1, 1])
+    assert (result.mean_ap, result.mean_inp) == (0.5, 0.5)
+    # queries that are distractors or junk are never valid, though the gallery holds such images in other cameras
+    result = metrics.rank_metrics(np.ones((3, 3)), [0, -1, 1], [0, -1, 1], [1, 1, 1], [2, 2, 2])
+    assert result.num_valid_queries == 1
+
+
+def test_cmc_beyond_the_gallery_keeps_its_final_value():
+    result = one_query([0.1, 0.2], [False, True], max_rank=7)
+    np.testing.assert_array_equal(result.cmc, [0, 1, 1, 1, 1, 1, 1])
+
+
+def test_float64_distances_are_compared_in_float64():
+    result = one_query([1.0, 1.0 + 1e-12], [True, False])
+    assert result.mean_ap == 1
+    result = one_query([1.0 + 1e-12, 1.0], [True, False])
+    assert result.mean_ap == 0.5
+
+
+def test_result_does_not_depend_on_the_chunk_size(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = random_labels(rng, 50, 80)
+    query, gallery = rng.normal(size=(50, 16)), rng.normal(size=(80, 16))
+    distances = metrics.l2_distances(query, gallery)
+    whole = metrics.rank_metrics(distances, *labels)
+    assert_equal(whole, reference(distances.tolist(), *labels, 50))
+    for size in (1, 2, 7, 49):
+        monkeypatch.setattr(metrics, "_MIN_CHUNK", size)
+        monkeypatch.setattr(metrics, "_CHUNK_DISTANCES", 1)
+        for result in (metrics.rank_metrics(distances, *labels), metrics.evaluate_ranking(query, gallery, *labels)):
+            np.testing.assert_array_equal(result.cmc, whole.cmc)
+            assert result.mean_ap == pytest.approx(whole.mean_ap, abs=1e-12)
+            assert result.num_valid_queries == whole.num_valid_queries
+
+
+def test_never_holds_all_distances(monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK_DISTANCES", 1 << 16)
+    rng = np.random.default_rng(0)
+    labels = (rng.integers(1, 50, 2000), rng.integers(1, 50, 4000), np.ones(2000, int), np.full(4000, 2))
+    query, gallery = rng.normal(size=(2000, 8)), rng.normal(size=(4000, 8))
+    tracemalloc.start()
+    try:
+        metrics.evaluate_ranking(query, gallery, *labels)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2000 * 4000 * 4 / 2  # half of the matrix; the chunks of 8 threads are an eighth of that
+
+
+def test_single_gallery_shot_equals_brute_force_on_the_same_draws():
+    rng = np.random.default_rng(0)
+    labels = random_labels(rng, 20, 60)
+    distances = rng.integers(0, 8, (20, 60)).astype(np.float64)
+    draws = list(metrics._single_shot_draws(labels[1], 10, seed=3))
+    runs = [reference(distances.tolist(), *labels, 20, columns=draw) for draw in draws]
+    valid = {
+        q
+        for q in range(20)
+        for draw in draws
+        if labels[0][q] >= 1 and any(labels[1][g] == labels[0][q] and labels[3][g] != labels[2][q] for g in draw)
+    }
+    result = metrics.rank_metrics(distances, *labels, max_rank=20, single_gallery_shot=True, seed=3)
+    assert len({run[4] for run in runs}) > 1  # queries do drop out of single repeats
+    assert_equal(result, [np.mean([run[i] for run in runs], axis=0) for i in range(4)] + [len(valid)])
+
+
+def test_single_gallery_shot_draws():
+    gallery_ids = np.array([7, 0, 2, 7, -1, 0, 7, 2, 9])
+    draws = list(metrics._single_shot_draws(gallery_ids, 400, seed=0))
+    for draw in draws:
+        assert sorted(gallery_ids[draw].tolist()) == [0, 0, 2, 7, 9]
+        assert {1, 5} <= set(draw.tolist())
+    counts = np.bincount(np.concatenate(draws), minlength=9)
+    assert counts[4] == 0 and counts[8] == 400
+    assert (counts[[0, 3, 6]] > 90).all() and (counts[[2, 7]] > 150).all()  # 133 and 200 expected
+
+
+def test_single_gallery_shot_is_set_by_its_seed_and_ends_where_no_choice_is():
+    rng = np.random.default_rng(0)
+    query, gallery = rng.normal(size=(30, 8)), rng.normal(size=(90, 8))
+    # CUHK03: queries are all view-1 images, gallery one of three view-2 images a person
+    labels = (np.arange(30) % 10 + 1, np.arange(90) % 30 + 1, np.ones(30, int), np.full(90, 2))
+
+    def run(**kwargs):
+        return metrics.evaluate_ranking(query, gallery, *labels, single_gallery_shot=True, **kwargs)
+
+    assert run(seed=1).mean_ap == run(seed=1).mean_ap != run(seed=2).mean_ap
+    result = run()
+    assert result.num_valid_queries == 30
+    assert result.mean_ap == pytest.approx(result.mean_inp)  # one true match a query
+    one_each = (query, gallery[:30], labels[0], labels[1][:30], labels[2], labels[3][:30])
+    assert metrics.evaluate_ranking(*one_each, single_gallery_shot=True).mean_ap == pytest.approx(
+        metrics.evaluate_ranking(*one_each).mean_ap, abs=1e-12
+    )
+
+
+def test_a_repeat_without_any_match_is_left_out():
+    distances = np.array([[0.5, 0.1, 0.2]])
+    labels = ([1], [1, 1, 2], [1], [1, 2, 2])  # the person's first image is from the query's camera
+    result = metrics.rank_metrics(distances, *labels, single_gallery_shot=True, repeats=20)
+    assert (result.mean_ap, result.num_valid_queries) == (1, 1)
+    labels = ([1], [1, 1, 2], [1], [1, 1, 2])
+    with pytest.raises(UserError, match="no query has a true match"):
+        metrics.rank_metrics(distances, *labels, single_gallery_shot=True)
+
+
+@pytest.mark.parametrize(
+    "labels, cause",
+    [
+        (([1, 2], [1, 2], [4, 4], [4, 4]), "all images have camera 4"),
+        (([0, -1], [1, 2], [1, 1], [2, 2]), "no query shows a person"),
+        (([1, 2], [3, 0], [1, 1], [2, 2]), "no query identity is in the gallery"),
+        (([1, 2], [1, 2], [1, 2], [1, 2]), "query's own camera"),
+    ],
+)
+def test_names_the_cause_when_no_query_is_valid(labels, cause):
+    with pytest.raises(UserError, match=cause):
+        metrics.rank_metrics(np.ones((2, 2)), *labels)
+
+
+def test_empty_sides():
+    with pytest.raises(UserError, match="0 query and 2 gallery"):
+        metrics.evaluate_ranking(np.ones((0, 3)), np.ones((2, 3)), [], [1, 2], [], [1, 1])
+    with pytest.raises(UserError, match="1 query and 0 gallery"):
+        metrics.rank_metrics(np.ones((1, 0)), [1], [], [1], [])
+    assert metrics.l2_distances(np.ones((2, 3)), np.ones((0, 3))).shape == (2, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_refuses_values_that_are_not_finite(bad):
+    labels = ([1, 1, 1], [1, 2, -1], [1, 1, 1], [2, 2, 2])
+    for column in (0, 2):  # in an ignored image too
+        matrix = np.ones((3, 3))
+        matrix[1:, column] = bad
+        with pytest.raises(UserError, match="distances: row 1 "):
+            metrics.rank_metrics(matrix, *labels)
+        with pytest.raises(UserError, match="gallery features: row 1 "):
+            metrics.evaluate_ranking(np.ones((3, 3)), matrix, *labels)
+        with pytest.raises(UserError, match="query features: row 1 "):
+            metrics.l2_distances(matrix, np.ones((3, 3)))
+    large = np.ones((5000, 300), np.float32)
+    large[4321, 7] = bad
+    with pytest.raises(UserError, match="gallery features: row 4321 "):
+        metrics.l2_distances(large[:1], large)
+
+
+def test_refuses_shapes_and_labels_that_do_not_fit():
+    good = [[1, 2], [1, 2, 3], [1, 1], [2, 2, 2]]
+    metrics.rank_metrics(np.ones((2, 3)), *good)
+    for position, name in enumerate(["query_ids", "gallery_ids", "query_cameras", "gallery_cameras"]):
+        for wrong in ([1] * 4, [[1], [2]], 1):
+            with pytest.raises(ValueError, match=name):
+                metrics.rank_metrics(np.ones((2, 3)), *good[:position], wrong, *good[position + 1 :])
+    with pytest.raises(ValueError, match="integers"):
+        metrics.rank_metrics(np.ones((2, 3)), [1.0, 2.0], *good[1:])
+    with pytest.raises(ValueError, match="-2"):
+        metrics.rank_metrics(np.ones((2, 3)), [1, -2], *good[1:])
+    with pytest.raises(ValueError, match="2-D"):
+        metrics.rank_metrics(np.ones(3), *good)
+    with pytest.raises(ValueError, match="agree in D"):
+        metrics.evaluate_ranking(np.ones((2, 4)), np.ones((3, 5)), *good)
+    for option in ({"max_rank": 0}, {"single_gallery_shot": True, "repeats": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            metrics.rank_metrics(np.ones((2, 3)), *good, **option)
+
+
+def feature_sets():
+    rng = np.random.default_rng(0)
+    query, gallery = rng.normal(size=(40, 256)), rng.normal(size=(70, 256))
+    centres = rng.normal(size=(70, 256))
+    yield "plain", query, gallery
+    yield "far from the origin", query + 1000, gallery + 1000
+    yield "far, in float64", (query * 1e-3 + 1e6).astype(np.float64), (gallery * 1e-3 + 1e6).astype(np.float64)
+    yield (
+        "one large constant dimension",
+        np.c_[query * 1e-3, np.full(40, 10000.4)],
+        np.c_[gallery * 1e-3, np.full(70, 10000.4)],
+    )
+    yield "near-duplicates", centres[:40] + 1e-3 * query, centres + 1e-3 * gallery
+    yield "an outlier", np.r_[query, [np.full(256, 1e6)]], gallery + 30
+    near_zero = np.r_[gallery[:10] * 1e-3, gallery[10:] + 100]
+    yield "near-duplicates far from the centre", query[:5] * 1e-3, near_zero
+    yield "two tight clusters", np.sign(query[:, :1]) * 50 + 1e-2 * query, np.sign(gallery[:, :1]) * 50 + 1e-2 * gallery
+    yield "huge", query * 1e25, gallery * 1e25
+    yield "tiny", query * 1e-25, gallery * 1e-25
+    yield "2-D", query[:, :2], gallery[:, :2]
+
+
+@pytest.mark.parametrize(
+    "name, query, gallery", list(feature_sets()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_l2_distances_agree_with_float64(name, query, gallery):
+    if "float64" not in name:
+        query, gallery = query.astype(np.float32), gallery.astype(np.float32)
+    gallery = np.concatenate([gallery, query[:3]])
+    expected = np.sqrt(((query[:, None].astype(np.float64) - gallery) ** 2).sum(axis=2))
+    distances = metrics.l2_distances(query, gallery)
+    assert distances.dtype == np.float32
+    assert (distances >= 0).all()
+    np.testing.assert_allclose(distances, expected, rtol=5e-6)  # two so exact cannot change order if 1e-5 apart
+    for row in range(3):
+        assert distances[row, -3 + row] == 0
+
+
+def test_centring_leaves_little_to_sum_anew(monkeypatch):
+    """Correct without it, but slow: nearly all pairs would go the exact way. So shut that way, and see."""
+    monkeypatch.setattr(metrics, "_CLOSE", 0)
+    for name, query, gallery in feature_sets():
+        if name in ("plain", "far from the origin", "one large constant dimension"):
+            query, gallery = query.astype(np.float32), gallery.astype(np.float32)
+            expected = np.sqrt(((query[:, None].astype(np.float64) - gallery) ** 2).sum(axis=2))
+            np.testing.assert_allclose(metrics.l2_distances(query, gallery), expected, rtol=5e-6)
+
+
+def test_l2_distances_accept_what_extractors_give():
+    import jax.numpy as jnp
+
+    features = np.arange(12).reshape(3, 4)
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
+        given = jnp.asarray(features, dtype)
+        np.testing.assert_allclose(metrics.l2_distances(given, given)[0], [0, 8, 16])

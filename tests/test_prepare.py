@@ -1,0 +1,267 @@
+"""The prepare command, on a miniature Market-1501 and on a data set that is drawn."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from market1501_miniature import write_market1501
+from PIL import Image
+
+from jlml_jax import datasets, prepare
+from jlml_jax.datasets.base import PersonDatasetBuilder
+from jlml_jax.datasets.market1501 import ROOT, Market1501
+
+# What programs run in a process of their own start with.
+PROLOGUE = """
+import os, signal, sys
+from jlml_jax.datasets.market1501 import Market1501
+from jlml_jax import datasets, prepare
+Market1501.EXPECTED = {counts}
+data_dir = "{data_dir}"
+arguments = ["market1501", "--source={source}", "--data_dir=" + data_dir]
+"""
+
+# As where TensorFlow is not installed: TFDS also asks importlib.util.find_spec, which must find nothing, not raise.
+WITHOUT_TENSORFLOW = """
+import importlib.machinery, sys
+class WithoutTensorFlow(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "tensorflow" else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = WithoutTensorFlow
+"""
+
+
+@pytest.fixture
+def original(tmp_path, monkeypatch):
+    folder = tmp_path / "original" / ROOT
+    monkeypatch.setattr(Market1501, "EXPECTED", write_market1501(folder, images_per_camera=1))
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    return tmp_path / "data"
+
+
+def run(capsys, source, data_dir, *flags):
+    """Runs the command in this process; returns its exit status, stdout and stderr."""
+    status = prepare.main(["market1501", f"--source={source}", f"--data_dir={data_dir}", *flags])
+    return status, *capsys.readouterr()
+
+
+def assert_refused(result, *parts):
+    status, _, err = result
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def run_program(program, source, data_dir, prologue=""):
+    program = prologue + PROLOGUE.format(counts=Market1501.EXPECTED, source=source, data_dir=data_dir) + program
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+                          cwd=Path(prepare.__file__).parents[1])
+
+
+def test_counts_are_printed_and_the_data_built(capsys, original, data_dir):
+    status, out, err = run(capsys, original, data_dir)
+    assert (status, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["split", "count", "expected", "found"]
+    assert ["train", "images", "12", "12"] in rows
+    assert ["gallery", "junk", "3", "3"] in rows
+    assert ["gallery", "distractors", "2", "2"] in rows
+    assert ["multi_query", "identities", "8", "8"] in rows
+    assert out.splitlines()[-1] == "market1501 is prepared: train 12, query 12, gallery 17, multi_query 24"
+    assert len(datasets.load("market1501", ("gallery",), data_dir)["gallery"]) == 17
+    assert [path.name for path in data_dir.iterdir()] == ["market1501"]  # no empty downloads/ left
+
+
+def test_done_already(capsys, original, data_dir):
+    assert run(capsys, original, data_dir)[0] == 0
+    version = data_dir / "market1501" / "1.0.0"
+    before = (version / "dataset_info.json").stat().st_mtime_ns
+    status, out, err = run(capsys, original / "gone", data_dir)
+    assert (status, err) == (0, "")
+    assert "is prepared already in" in out
+    assert (version / "dataset_info.json").stat().st_mtime_ns == before
+
+    source = original.parent / "other"
+    Market1501.EXPECTED = write_market1501(source, images_per_camera=2, seed=1)  # the fixture restores it
+    assert run(capsys, source, data_dir, "--overwrite")[0] == 0
+    assert len(datasets.load("market1501", ("train",), data_dir)["train"]) == 24
+
+
+def test_a_failed_check_leaves_what_was_built(capsys, original, data_dir):
+    assert run(capsys, original, data_dir)[0] == 0
+    shutil.rmtree(original / "query")
+    assert_refused(run(capsys, original, data_dir, "--overwrite"), "query/")
+    assert Market1501(data_dir=data_dir).is_prepared()
+
+
+def test_wrong_folders(capsys, original, data_dir):
+    assert_refused(run(capsys, original / "no such", data_dir), "is not a folder", ROOT, "bounding_box_train/")
+    assert_refused(run(capsys, original / "query", data_dir), "lacks bounding_box_train/, query/, bounding_box_test/")
+    shutil.rmtree(original / "gt_bbox")
+    assert_refused(run(capsys, original, data_dir), "lacks gt_bbox/;", str(original))
+    assert not data_dir.exists()
+
+
+def test_the_folder_above_is_taken_too(capsys, original, data_dir):
+    assert run(capsys, original.parent, data_dir)[0] == 0
+
+
+def test_half_copied(capsys, original, data_dir):
+    (original / "query" / "0001_c2s1_000100_00.jpg").unlink()
+    for path in (original / "bounding_box_train").glob("0004_*"):
+        path.unlink()
+    status, out, err = run(capsys, original, data_dir)
+    assert_refused((status, out, err), str(original), "train has 9 images instead of 12",
+                   "train has 3 identities instead of 4", "query has 11 images instead of 12", "again")
+    assert "train        identities           4         3  differs" in out.splitlines()
+    assert not data_dir.exists()
+
+
+def test_junk_where_none_is_published(capsys, original, data_dir):
+    (original / "query" / "0001_c1s1_000100_00.jpg").rename(original / "query" / "-1_c1s1_000100_00.jpg")
+    assert_refused(run(capsys, original, data_dir), "query has 1 junk instead of 0")
+
+
+def test_unparsable_name_and_strays(capsys, original, data_dir):
+    (original / "gt_bbox" / ".DS_Store").touch()
+    (original / "gt_bbox" / "0001_c1.jpg").touch()
+    assert_refused(run(capsys, original, data_dir), "1 image names", "gt_bbox/0001_c1.jpg")
+    (original / "gt_bbox" / "0001_c1.jpg").unlink()
+    status, out, _ = run(capsys, original, data_dir)
+    assert status == 0
+    assert "1 files not of the data set are left out: gt_bbox/.DS_Store" in out
+
+
+def test_undecodable_images_are_named(capsys, original, data_dir):
+    names = ["bounding_box_train/0002_c1s1_000200_01.jpg", "query/0003_c2s1_000300_00.jpg",
+             "bounding_box_test/0001_c3s1_000100_01.jpg", "gt_bbox/0001_c1s1_000100_00.jpg"]
+    (original / names[0]).write_bytes((original / names[0]).read_bytes()[:-500])  # a copy that broke off
+    for name in names[1:]:
+        (original / name).write_bytes(b"")
+    assert_refused(run(capsys, original, data_dir), "4 of 65 images", *names[:3], "; ...")
+    assert not Market1501(data_dir=data_dir).is_prepared()
+
+
+def test_data_dir_that_cannot_be_written(capsys, original, data_dir):
+    data_dir.touch()
+    assert_refused(run(capsys, original, data_dir / "below a file"), "cannot write to", "--data_dir")
+
+
+def test_too_little_room(capsys, original, data_dir, monkeypatch):
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    assert_refused(run(capsys, original, data_dir), "MB free", "make room")
+    assert not Market1501(data_dir=data_dir).is_prepared()
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"),
+    RuntimeError("Failed to finalize writing: write() failed: No space left on device"),  # as array_record tells it
+])
+def test_disk_that_fills_up_meanwhile(capsys, original, data_dir, monkeypatch, error):
+    def write(*_):
+        raise error
+
+    monkeypatch.setattr(tfds.core.writer.ExampleWriter, "write", write)
+    assert_refused(run(capsys, original, data_dir), "cannot write", "No space left on device", "make room")
+    assert not Market1501(data_dir=data_dir).is_prepared()
+    assert list((data_dir / "market1501").iterdir()) == []
+
+
+def test_other_errors_while_building_are_bugs(original, data_dir, monkeypatch):
+    def write(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(tfds.core.writer.ExampleWriter, "write", write)
+    with pytest.raises(RuntimeError, match="something else"):
+        prepare.prepare("market1501", original, data_dir)
+
+
+def test_a_build_that_was_killed_is_not_taken_for_whole(capsys, original, data_dir):
+    killed = run_program("""
+def generate(self, crops, generate=Market1501._generate_examples):
+    if crops[0].origin.startswith("gt_bbox"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generate(self, crops)
+Market1501._generate_examples = generate
+prepare.main(arguments)
+""", original, data_dir)
+    assert killed.returncode == -9, killed.stderr
+    left, = (data_dir / "market1501").iterdir()
+    assert left.name.startswith("incomplete.")
+    assert not Market1501(data_dir=data_dir).is_prepared()
+    with pytest.raises(prepare.UserError, match="is not prepared"):
+        datasets.load("market1501", ("train",), data_dir)
+
+    assert run(capsys, original, data_dir)[0] == 0
+    assert len(datasets.load("market1501", ("train",), data_dir)["train"]) == 12
+
+
+def test_builds_and_reads_without_tensorflow(original, data_dir):
+    result = run_program("""
+try:
+    import tensorflow
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("tensorflow is there")
+status = prepare.main(arguments)
+print(len(datasets.load("market1501", ("gallery",), data_dir)["gallery"]))
+sys.exit(status)
+""", original, data_dir, prologue=WITHOUT_TENSORFLOW)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.splitlines()[-1] == "17"
+
+
+def test_wrong_arguments(capsys, data_dir):
+    assert prepare.main(["marked1501"]) == 2
+    assert "unknown data set 'marked1501'; known are market1501" in capsys.readouterr().err
+    assert prepare.main(["market1501", f"--data_dir={data_dir}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "needs --source=FOLDER" in error
+    assert "bounding_box_train" in error
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        prepare.main(["--help"])
+    assert exit_.value.code == 0
+    assert "python -m jlml_jax.prepare market1501 --source=" in capsys.readouterr().out
+
+
+class Drawn(PersonDatasetBuilder, skip_registration=True):
+    """A data set of two noise images, drawn."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    DESCRIPTION = "Two noise images."
+    DRAWN = True
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for camera in (1, 2):
+            noise = np.random.default_rng(camera).integers(0, 255, (128, 64, 3), np.uint8)
+            yield camera, {"image": Image.fromarray(noise), "identity": 1, "camera": camera, "name": f"{camera}.png"}
+
+
+def test_a_drawn_set_needs_no_source(capsys, data_dir, monkeypatch):
+    monkeypatch.setattr(datasets, "builder", lambda name, data_dir: Drawn(data_dir=data_dir))
+    assert prepare.main(["drawn", "--source=.", f"--data_dir={data_dir}"]) == 2
+    assert capsys.readouterr().err == "error: drawn is drawn, not read: leave out --source\n"
+    assert prepare.main(["drawn", f"--data_dir={data_dir}"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "drawn is prepared: train 2"
+    assert datasets.load("drawn", ("train",), data_dir)["train"].cameras.tolist() == [1, 2]
