@@ -33,11 +33,12 @@ def _command() -> None:
     try:
         extra = flags.FLAGS([sys.argv[0], *arguments])[1:]
         config = _CONFIG.value
+        workdir = _WORKDIR.value or f"runs/{config.name}"
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}; see --help")
-    train_and_evaluate(config, _WORKDIR.value or f"runs/{config.name}", _MODE.value)
+    train_and_evaluate(config, workdir, _MODE.value)
 
 
 def main() -> int:

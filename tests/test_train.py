@@ -1,0 +1,293 @@
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jlml_jax import optim, parallel, protocols, train
+from jlml_jax.checkpoints import Checkpoints
+from jlml_jax.device_data import place
+from jlml_jax.errors import UserError
+from jlml_jax.logs import TIME_FIELDS
+from jlml_jax.train import train_and_evaluate
+
+ROOT = Path(__file__).parents[1]
+
+
+def lines_of(workdir):
+    """metrics.jsonl without the fields that say how long things took."""
+    return [{key: value for key, value in json.loads(line).items() if key not in TIME_FIELDS}
+            for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(config, workdir):
+    """The arrays of the run's last checkpoint, by path."""
+    protocol = protocols.load(config.data)
+    model = train.build_model(config, len(protocol.identities()))
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    state = train.init_state(config, model, optim.make_optimizer(config.optim, config.train.steps), mesh)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    state, _ = checkpoints.restore(state)
+    checkpoints.close()
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def assert_same_run(config, a, b):
+    assert lines_of(a) == lines_of(b)
+    left, right = final_state(config, a), final_state(config, b)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+class Parts:
+    """What a step needs, on the first `count` devices."""
+
+    def __init__(self, config, count):
+        self.config, self.mesh = config, parallel.make_mesh(jax.devices()[:count])
+        self.protocol = protocols.load(config.data)
+        self.model = train.build_model(config, len(self.protocol.identities()))
+        self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
+        self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
+                          self.mesh)
+        self.state = train.init_state(config, self.model, self.optimizer, self.mesh)
+
+
+def run_steps(config, count, steps=3):
+    parts = Parts(config, count)
+    step = train.make_train_step(config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
+    state, metrics = parts.state, []
+    for _ in range(steps):
+        state, values = step(state, parts.data)
+        metrics.append(jax.device_get(values))
+    return jax.device_get(state), metrics
+
+
+def assert_close_trees(a, b, rtol, atol):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture
+def smooth_config(tiny_config):
+    """Learns slowly, so that rounding does not grow over the steps compared."""
+    tiny_config.optim.learning_rate = 1e-3
+    tiny_config.augment.crop_padding = 2
+    return tiny_config
+
+
+def test_four_devices_compute_what_one_does(smooth_config):
+    (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)
+    for a, b in zip(one_metrics, four_metrics, strict=True):
+        assert_close_trees(a, b, rtol=2e-5, atol=1e-6)
+    assert_close_trees(one, four, rtol=1e-4, atol=2e-5)
+    moved = [np.abs(b - a).max() for a, b in zip(
+        jax.tree.leaves(Parts(smooth_config, 1).state.params), jax.tree.leaves(four.params), strict=True)]
+    assert max(moved) > 1e-3  # or the comparison would say nothing
+
+
+def test_the_step_runs_under_pmap_to_the_same_numbers(smooth_config):
+    parts = Parts(smooth_config, 4)
+    step = functools.partial(train.train_step, model=parts.model, optimizer=parts.optimizer, config=smooth_config)
+    pmapped = jax.pmap(step, axis_name=parallel.BATCH_AXIS, in_axes=(0, None), devices=jax.devices()[:4])
+    host_state, host_data = jax.device_get((parts.state, parts.data))
+    state = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (4, *np.shape(leaf))), host_state)
+    for _ in range(3):
+        state, metrics = pmapped(state, host_data)
+    mapped_state, mapped_metrics = run_steps(smooth_config, 4)
+    for device in range(4):
+        take = functools.partial(jax.tree.map, lambda leaf, device=device: np.asarray(leaf)[device])
+        assert_close_trees(take(metrics), mapped_metrics[-1], rtol=2e-5, atol=1e-6)
+        assert_close_trees(take(state), mapped_state, rtol=1e-4, atol=2e-5)
+
+
+def test_batch_statistics_are_those_of_the_whole_batch(smooth_config):
+    """Without synchronised BN the running statistics of the stem would be one device's."""
+    (one, _), (four, _) = run_steps(smooth_config, 1, steps=1), run_steps(smooth_config, 4, steps=1)
+    np.testing.assert_allclose(one.batch_stats["stem"]["norm"]["var"], four.batch_stats["stem"]["norm"]["var"],
+                               rtol=1e-5)
+    assert np.abs(one.batch_stats["stem"]["norm"]["mean"]).max() > 1e-4
+
+
+def test_state_is_donated_and_stays_replicated(smooth_config):
+    parts = Parts(smooth_config, 4)
+    step = train.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
+    after, _ = step(parts.state, parts.data)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(parts.state))
+    assert all(leaf.sharding.spec == PartitionSpec() and len(leaf.sharding.device_set) == 4
+               for leaf in jax.tree.leaves(after))
+
+
+def test_both_loaders_train_alike(smooth_config, tmp_path):
+    """The same images in the same order; the decoders differ by a few levels."""
+    smooth_config.evaluate.picture = False
+    for loader in ("device", "tf_data"):
+        smooth_config.data.loader = loader
+        train_and_evaluate(smooth_config, tmp_path / loader, "train")
+    for a, b in zip(lines_of(tmp_path / "device"), lines_of(tmp_path / "tf_data"), strict=True):
+        assert a["cross_entropy/global"] == pytest.approx(b["cross_entropy/global"], rel=0.02)
+        assert a["penalty/local"] == pytest.approx(b["penalty/local"], rel=1e-3)
+
+
+COMMAND = """
+import json, sys
+import ml_collections
+from jlml_jax.errors import exit_status
+from jlml_jax.train import train_and_evaluate
+config = ml_collections.ConfigDict(json.loads(sys.argv[1]))
+for section, key in (("data", "mean"), ("data", "std"), ("model", "global_widths"), ("model", "local_widths")):
+    with config.unlocked():
+        config[section][key] = tuple(config[section][key])
+sys.exit(exit_status(lambda: train_and_evaluate(config, sys.argv[2], "train")))
+"""
+
+
+def start(config, workdir):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": ""}
+    return subprocess.Popen([sys.executable, "-c", COMMAND, config.to_json(), str(workdir)], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stop_after(process, checkpoint, number):
+    """Sends signal `number` as soon as the folder `checkpoint` is there."""
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.communicate(timeout=60)
+
+
+@pytest.fixture
+def long_config(tiny_config, tmp_path):
+    tiny_config.train.steps, tiny_config.log_every, tiny_config.checkpoint_every = 400, 7, 40
+    tiny_config.compilation_cache = str(tmp_path / "cache")
+    return tiny_config
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(long_config, tmp_path):
+    whole = start(long_config, tmp_path / "whole")
+    output, error = whole.communicate(timeout=180)
+    assert whole.returncode == 0, error
+
+    killed = start(long_config, tmp_path / "killed")
+    stop_after(killed, tmp_path / "killed" / "checkpoints" / "80", signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "checkpoints" / "400").exists()
+    resumed = start(long_config, tmp_path / "killed")
+    output, error = resumed.communicate(timeout=180)
+    assert resumed.returncode == 0, error
+    assert "resuming after step" in output
+    assert_same_run(long_config, tmp_path / "whole", tmp_path / "killed")
+
+    stopped = start(long_config, tmp_path / "stopped")
+    output, error = stop_after(stopped, tmp_path / "stopped" / "checkpoints" / "80", signal.SIGTERM)
+    assert stopped.returncode == 128 + signal.SIGTERM, error
+    assert "stopped by SIGTERM after step" in output
+    assert start(long_config, tmp_path / "stopped").wait(180) == 0
+    assert_same_run(long_config, tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_finished_run_says_so_and_evaluates_again(tiny_config, tmp_path, capsys):
+    rows = train_and_evaluate(tiny_config, tmp_path / "run")
+    assert {row["feature"] for row in rows} == {"global", "local", "joint"}
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"] == rows
+    assert (tmp_path / "run" / "ranked.png").stat().st_size > 1000
+    (tmp_path / "run" / "results.json").unlink()
+    tiny_config.evaluate.normalize = "joint"  # a field that may change
+    capsys.readouterr()
+    again = train_and_evaluate(tiny_config, tmp_path / "run")
+    assert "is finished: 12 steps" in capsys.readouterr().out
+    assert {row["normalize"] for row in again} == {"joint"}
+    assert lines_of(tmp_path / "run")[-1]["step"] == 12
+    tiny_config.evaluate.normalize = "none"
+    evaluated = train_and_evaluate(tiny_config, tmp_path / "run", "evaluate")
+    assert evaluated == rows
+
+
+def test_another_config_is_refused_by_its_fields(tiny_config, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path / "run", "train")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    tiny_config.optim.learning_rate = 0.5
+    tiny_config.model.num_strips = 1
+    with pytest.raises(UserError, match=r"model.num_strips \(2 there, 1 here\), optim.learning_rate"):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tiny_config, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="no config.json"):
+        train_and_evaluate(tiny_config, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
+    """The learning rate overflows at step 9; checkpoint 6 stays, and nothing later is saved."""
+    tiny_config.optim.schedule, tiny_config.optim.decay_every = "step", 8
+    tiny_config.optim.decay_factor = 1e38
+    with pytest.raises(UserError, match=r"(loss|gradient_norm|penalty).* not finite at step (9|1\d).*checkpoint 6 "):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"6"}
+    assert all(np.isfinite(leaf).all() for leaf in final_state(tiny_config, tmp_path / "run").values())
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [4, 8]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("train.batch_size", 6, "train.batch_size=6 does not divide over 4 devices; use a multiple of 4, such as 4"),
+    ("evaluate.batch_size", 3, "evaluate.batch_size=3 does not divide over 4 devices"),
+    ("train.batch_size", 4000, "larger than the training set"),
+    ("data.height", 30, "data.height=30: half of it does not divide by model.num_strips=2"),
+    ("data.name", "market1502", "unknown data set 'market1502'"),
+    ("data.loader", "torch", "data.loader='torch' is unknown"),
+    ("model.loss", "triplet", "model.loss='triplet' is unknown"),
+    ("optim.schedule", "poly", "optim.schedule='poly' is unknown"),
+    ("evaluate.normalize", "l2", "evaluate.normalize='l2' is unknown"),
+])
+def test_bad_fields_are_named(tiny_config, tmp_path, field, value, message):
+    tiny_config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError) as raised:
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert message in str(raised.value)
+
+
+def test_data_that_are_not_prepared_are_named_with_the_command(tiny_config, tmp_path):
+    tiny_config.data.data_dir = str(tmp_path / "empty")
+    with pytest.raises(UserError, match="python -m jlml_jax.prepare market1501 --source="):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_nothing_is_refused(tiny_config, tmp_path):
+    with pytest.raises(UserError, match="has no run to evaluate"):
+        train_and_evaluate(tiny_config, tmp_path / "run", "evaluate")
+
+
+NO_TENSORFLOW = """
+import importlib.machinery, sys
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "tensorflow" else super().find_spec(name, path, target)
+sys.meta_path[:] = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def test_training_and_evaluation_need_no_tensorflow(tiny_config, tmp_path):
+    tiny_config.train.steps = 4
+    code = NO_TENSORFLOW + COMMAND.replace(', "train")', ")") + "\nassert 'tensorflow' not in sys.modules"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", code, tiny_config.to_json(), str(tmp_path / "run")],
+                          env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    probe = subprocess.run([sys.executable, "-c", NO_TENSORFLOW + "import tensorflow"], capture_output=True, text=True)
+    assert "No module named 'tensorflow'" in probe.stderr  # the block blocks
