@@ -65,13 +65,18 @@ def _unpadded(features: Mapping[str, jax.Array], mask: np.ndarray) -> Features:
     return {branch: np.asarray(values, np.float32)[mask] for branch, values in features.items()}
 
 
+def check_normalize(normalize: str) -> None:
+    """Refuses a value of `evaluate.normalize` that is not known."""
+    if normalize not in ("none", "joint", "per_branch"):
+        raise UserError(f"evaluate.normalize={normalize!r} is unknown; known are none, joint, per_branch")
+
+
 def matching_features(features: Features, normalize: str) -> Features:
     """The features to match by: each branch [N, dim], and `joint`, their concatenation [N, sum of dims].
 
     `normalize`: none; joint: the matching feature scaled to length 1; per_branch: each branch, before it is joined.
     """
-    if normalize not in ("none", "joint", "per_branch"):
-        raise UserError(f"evaluate.normalize={normalize!r} is unknown; known are none, joint, per_branch")
+    check_normalize(normalize)
     if normalize == "per_branch":
         features = {branch: _unit(values) for branch, values in features.items()}
     matching = dict(features)

@@ -101,7 +101,7 @@ def train_step(state: TrainState, batch: Batch, *, model: nn.Module, optimizer: 
 
     gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
     gradients, metrics = jax.lax.pmean((gradients, metrics), BATCH_AXIS)
-    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
@@ -160,6 +160,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
     parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
     check_input_size(config.data.height, config.data.width, config.model.num_strips)
+    evaluate.check_normalize(config.evaluate.normalize)
 
     protocol = protocols.load(config.data)
     identities = protocol.identities()
@@ -168,7 +169,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         raise UserError(f"{workdir} has no run to evaluate; train it first, or give --workdir of a trained run")
     claim_workdir(workdir, config, {"dataset": config.data.name, "fingerprint": protocol.train.fingerprint(),
                                     "identities": identities.tolist()})
-    config = ml_collections.ConfigDict(config)
+    config = config.copy_and_resolve_references()
     config.data.loader = choose_loader(config, len(protocol.train), mesh)
     print_model(model, config)
     print(f"{config.data.name}: {len(protocol.train)} training images of {len(identities)} identities, "

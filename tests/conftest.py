@@ -1,3 +1,42 @@
 import os
+import tempfile
 
+# Before JAX is imported: four devices, as the parity tests need.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The tests compile the same few programs many times, some of them in processes of their own.
+_CACHE = tempfile.TemporaryDirectory(prefix="jlml_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import pytest
+from market1501_miniature import write_market1501
+
+from configs import default
+from jlml_jax.datasets.market1501 import Market1501
+
+
+@pytest.fixture(scope="session")
+def market1501_dir(tmp_path_factory):
+    """A TFDS data folder with a miniature Market-1501: 4 training and 4 test identities, 3 cameras."""
+    source, data_dir = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data")
+    write_market1501(source)
+    Market1501(data_dir=data_dir).build(source)
+    return data_dir
+
+
+@pytest.fixture
+def tiny_config(market1501_dir):
+    """A run of seconds: the whole network in small, on the miniature Market-1501."""
+    config = default.get_config()
+    config.name = "tiny"
+    config.data.name, config.data.data_dir = "market1501", str(market1501_dir)
+    config.data.height, config.data.width = 32, 16
+    config.model.num_strips, config.model.depth, config.model.stem_features = 2, 1, 4
+    config.model.global_widths = config.model.local_widths = (4, 4, 8, 8)
+    config.model.global_feature_dim = config.model.local_feature_dim = 16
+    config.train.steps, config.train.batch_size = 12, 8
+    config.evaluate.batch_size = 16
+    config.log_every, config.checkpoint_every = 4, 6
+    config.compilation_cache = ""  # that of all tests
+    return config

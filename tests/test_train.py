@@ -71,9 +71,12 @@ def run_steps(config, count, steps=3):
     return jax.device_get(state), metrics
 
 
-def assert_close_trees(a, b, rtol, atol):
+def assert_close_trees(a, b, tolerance=1e-3):
+    """Every array agrees to `tolerance` of its largest value: a sum in another order rounds otherwise, and BN on
+    small maps magnifies that; a sum over the wrong images would be off by half and more."""
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
+        scale = max(np.abs(x).max(), 1e-2)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.fixture
@@ -87,8 +90,8 @@ def smooth_config(tiny_config):
 def test_four_devices_compute_what_one_does(smooth_config):
     (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)
     for a, b in zip(one_metrics, four_metrics, strict=True):
-        assert_close_trees(a, b, rtol=2e-5, atol=1e-6)
-    assert_close_trees(one, four, rtol=1e-4, atol=2e-5)
+        assert_close_trees(a, b)
+    assert_close_trees(one, four)
     moved = [np.abs(b - a).max() for a, b in zip(
         jax.tree.leaves(Parts(smooth_config, 1).state.params), jax.tree.leaves(four.params), strict=True)]
     assert max(moved) > 1e-3  # or the comparison would say nothing
@@ -105,8 +108,8 @@ def test_the_step_runs_under_pmap_to_the_same_numbers(smooth_config):
     mapped_state, mapped_metrics = run_steps(smooth_config, 4)
     for device in range(4):
         take = functools.partial(jax.tree.map, lambda leaf, device=device: np.asarray(leaf)[device])
-        assert_close_trees(take(metrics), mapped_metrics[-1], rtol=2e-5, atol=1e-6)
-        assert_close_trees(take(state), mapped_state, rtol=1e-4, atol=2e-5)
+        assert_close_trees(take(metrics), mapped_metrics[-1])
+        assert_close_trees(take(state), mapped_state)
 
 
 def test_batch_statistics_are_those_of_the_whole_batch(smooth_config):
@@ -127,14 +130,14 @@ def test_state_is_donated_and_stays_replicated(smooth_config):
 
 
 def test_both_loaders_train_alike(smooth_config, tmp_path):
-    """The same images in the same order; the decoders differ by a few levels."""
-    smooth_config.evaluate.picture = False
+    """The same images in the same order: at the images' own size, which nothing resizes, with the same pixels."""
+    smooth_config.data.height, smooth_config.data.width = 128, 64
+    smooth_config.train.steps, smooth_config.log_every = 4, 1
     for loader in ("device", "tf_data"):
         smooth_config.data.loader = loader
         train_and_evaluate(smooth_config, tmp_path / loader, "train")
     for a, b in zip(lines_of(tmp_path / "device"), lines_of(tmp_path / "tf_data"), strict=True):
-        assert a["cross_entropy/global"] == pytest.approx(b["cross_entropy/global"], rel=0.02)
-        assert a["penalty/local"] == pytest.approx(b["penalty/local"], rel=1e-3)
+        assert a == pytest.approx(b, rel=1e-3)
 
 
 COMMAND = """
@@ -168,9 +171,8 @@ def stop_after(process, checkpoint, number):
 
 
 @pytest.fixture
-def long_config(tiny_config, tmp_path):
+def long_config(tiny_config):
     tiny_config.train.steps, tiny_config.log_every, tiny_config.checkpoint_every = 400, 7, 40
-    tiny_config.compilation_cache = str(tmp_path / "cache")
     return tiny_config
 
 

@@ -1,0 +1,292 @@
+import builtins
+import dataclasses
+import functools
+import io
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import default
+from jlml_jax import device_data, input_pipeline, parallel, sampling
+from jlml_jax.augment import augment, normalise
+from jlml_jax.datasets.base import Split, decode_image
+from jlml_jax.errors import UserError
+
+ROWS, WHOLE = PartitionSpec("batch"), PartitionSpec()
+
+
+def encode(pixels, kind="PNG", mode="RGB", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def drawing(height, width, seed=0):
+    """Smooth, with noise: as a photograph is, and unlike its mirror image."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 3, 3), dtype=np.uint8)).resize((width, height))
+    return np.clip(np.asarray(coarse) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def split_of(images):
+    count = len(images)
+    return Split("test", images, np.arange(1, count + 1), np.ones(count, np.int64),
+                 np.array([f"{i:03d}.png" for i in range(count)]))
+
+
+SIZES = [(64, 32), (128, 64), (71, 37), (40, 20), (150, 33), (64, 64)]
+
+
+@pytest.fixture(scope="module")
+def jpegs():
+    return split_of([encode(drawing(*size, seed), "JPEG", quality=90) for seed, size in enumerate(SIZES)])
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return split_of([encode(drawing(*size, seed), kind) for seed, size in enumerate(SIZES)
+                     for kind in ("PNG", "JPEG")]
+                    + [encode(drawing(70, 36), "PNG", mode) for mode in ("L", "RGBA", "P")]
+                    + [encode(drawing(70, 36), "JPEG", "CMYK"), encode(np.zeros((8, 4, 3), np.uint8), "BMP")])
+
+
+# --- sampling
+
+def epoch(number, num_images=24, batch_size=8, seed=0):
+    steps = num_images // batch_size
+    batches = sampling.training_batches(seed, number * steps, (number + 1) * steps, num_images, batch_size)
+    return np.concatenate(list(batches))
+
+
+def test_every_epoch_has_every_image_once_in_an_order_of_its_own():
+    epochs = [epoch(number) for number in range(4)]
+    for indices in epochs:
+        np.testing.assert_array_equal(np.sort(indices), np.arange(24))
+    for one, other in itertools.combinations(epochs, 2):
+        assert not np.array_equal(one, other)
+
+
+def test_images_left_over_are_not_always_the_same():
+    left_out = [set(range(26)) - set(epoch(number, 26).tolist()) for number in range(6)]
+    assert all(len(images) == 2 for images in left_out)
+    assert len(set.union(*left_out)) > 2
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    whole = list(sampling.training_batches(0, 0, 10, 26, 8))
+    for first in (1, 3, 7):  # within an epoch and at its end
+        for ours, theirs in zip(sampling.training_batches(0, first, 10, 26, 8), whole[first:], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(np.stack(whole), np.stack(list(sampling.training_batches(1, 0, 10, 26, 8))))
+    traced = jax.jit(lambda step: sampling.batch_indices(0, step, 26, 8))
+    for step, indices in enumerate(whole):
+        np.testing.assert_array_equal(traced(jnp.int32(step)), indices)
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    assert sampling.steps_per_epoch(8, 8) == 1
+    with pytest.raises(UserError, match=r"train\.batch_size=9.*8 images"):
+        sampling.steps_per_epoch(8, 9)
+
+
+@pytest.mark.parametrize("num_images, batch_size", [(10, 4), (8, 4), (3, 4), (1, 1)])
+def test_evaluation_holds_every_image_once(num_images, batch_size):
+    batches = list(sampling.evaluation_batches(num_images, batch_size))
+    assert len(batches) == -(-num_images // batch_size)
+    assert all(indices.shape == mask.shape == (batch_size,) for indices, mask in batches)
+    assert all((indices < num_images).all() for indices, _ in batches)
+    seen = np.concatenate([indices[mask] for indices, mask in batches])
+    np.testing.assert_array_equal(seen, np.arange(num_images))
+
+
+# --- augmentation and normalisation
+
+def images_of(count=32, height=12, width=8):
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+@functools.cache
+def augmentation(flip, crop_padding, axis_name=None):
+    settings = ConfigDict({"flip": flip, "crop_padding": crop_padding})
+    return jax.jit(lambda key, images: augment(key, images, settings, axis_name))
+
+
+def test_without_augmentation_nothing_changes():
+    images = images_of()
+    np.testing.assert_array_equal(augmentation(False, 0)(jax.random.key(0), images), images)
+
+
+def test_half_the_images_are_mirrored_left_to_right():
+    images = images_of(256)
+    flipped = np.asarray(augmentation(True, 0)(jax.random.key(0), images))
+    mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+    np.testing.assert_array_equal((flipped == images).all((1, 2, 3)), ~mirrored)
+    assert 0.4 < mirrored.mean() < 0.6
+    assert flipped.dtype == np.uint8
+    again = augmentation(True, 0)(jax.random.key(1), images)
+    assert not np.array_equal(again, flipped)
+
+
+def test_a_crop_is_the_image_shifted_by_at_most_the_padding():
+    images, pad = images_of(256), 2
+    cropped = np.asarray(augmentation(False, pad)(jax.random.key(0), images))
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
+    shifts = {}
+    for top, left in itertools.product(range(2 * pad + 1), repeat=2):
+        window = padded[:, top:top + 12, left:left + 8]
+        for i in np.flatnonzero((window == cropped).all((1, 2, 3))):
+            shifts[i] = top, left
+    assert len(shifts) == len(images)
+    assert len(set(shifts.values())) == 25
+
+
+def test_four_devices_augment_as_one():
+    assert len(jax.devices()) == 4
+    images, key = images_of(16), jax.random.key(0)
+    sharded = jax.jit(jax.shard_map(augmentation(True, 2, "batch"), mesh=parallel.make_mesh(), in_specs=(WHOLE, ROWS),
+                                    out_specs=ROWS))
+    np.testing.assert_array_equal(sharded(key, images), augmentation(True, 2)(key, images))
+
+
+@pytest.mark.parametrize("mean, std", [((0.485, 0.456, 0.406), (1.0, 1.0, 1.0)), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))])
+def test_normalise_against_numpy(mean, std):
+    data = default.get_config().data
+    data.mean, data.std = mean, std
+    images = images_of()
+    expected = (images / 255.0 - np.array(mean)) / np.array(std)
+    actual = normalise(images, data)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-6, rtol=1e-5)
+
+
+# --- device_data
+
+def test_four_devices_draw_the_global_batch(jpegs):
+    mesh = parallel.make_mesh()
+    labels = np.arange(100, 100 + len(jpegs))
+    data = device_data.place(jpegs, labels, 16, 8, mesh)
+    draw = functools.partial(device_data.draw, seed=5, batch_size=4, axis_name="batch")
+    sharded = jax.jit(jax.shard_map(lambda data, step: draw(data, step=step), mesh=mesh, in_specs=(WHOLE, WHOLE),
+                                    out_specs=(ROWS, ROWS), check_vma=False))
+    pixels = jpegs.decode(16, 8)
+    for step in (0, 1, 7):
+        images, drawn = sharded(data, jnp.int32(step))
+        indices = np.asarray(sampling.batch_indices(5, step, len(jpegs), 4))
+        np.testing.assert_array_equal(drawn, labels[indices])
+        np.testing.assert_array_equal(images, pixels[indices])
+
+
+BATCHES = [np.array([4, 0, 5]), np.array([1, 1, 2]), np.array([3, 5, 4])]
+
+
+def test_batches_decoded_on_the_host(jpegs):
+    decoded = list(device_data.decode_batches(jpegs, iter(BATCHES), 64, 32))
+    pixels = jpegs.decode(64, 32)
+    assert pixels.shape == (6, 64, 32, 3) and pixels.dtype == np.uint8
+    for batch, indices in zip(decoded, BATCHES, strict=True):
+        np.testing.assert_array_equal(batch, pixels[indices])
+    assert list(device_data.decode_batches(jpegs, iter([]), 64, 32)) == []
+
+
+# --- input_pipeline
+
+@pytest.mark.parametrize("name", ["jpegs", "mixed"])
+def test_tf_data_decodes_what_pillow_does_in_order(name, request):
+    split = request.getfixturevalue(name)
+    batches = [*BATCHES, *np.arange(len(split) // 3 * 3).reshape(-1, 3), np.arange(len(split))[-3:]]
+    expected = device_data.decode_batches(split, iter(batches), 64, 32)
+    for ours, theirs in zip(input_pipeline.decode_batches(split, iter(batches), 64, 32), expected, strict=True):
+        assert ours.shape == (3, 64, 32, 3) and ours.dtype == np.uint8
+        difference = np.abs(ours.astype(int) - theirs)
+        assert difference.mean() < 0.5 and difference.max() <= 3
+    assert list(input_pipeline.decode_batches(split, iter([]), 64, 32)) == []
+
+
+def test_tf_data_names_the_image_that_does_not_decode(jpegs):
+    for broken in (b"\xff\xd8 no image", jpegs.images[1][:200], b"nor this"):
+        split = dataclasses.replace(jpegs, images=[jpegs.images[0], broken, *jpegs.images[2:]])
+        with pytest.raises(UserError, match="test: 001.png"):
+            list(input_pipeline.decode_batches(split, iter([np.arange(3)]), 64, 32))
+
+
+def test_tf_data_without_tensorflow_says_what_to_do(jpegs, monkeypatch):
+    def without(name, *args, real=builtins.__import__, **kwargs):
+        if name.split(".")[0] == "tensorflow":
+            raise ImportError("No module named 'tensorflow'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"data\.loader=tf_data needs TensorFlow.*data\.loader=device"):
+        list(input_pipeline.decode_batches(jpegs, iter(BATCHES), 64, 32))
+
+
+# --- Split and decode_image
+
+def test_the_fingerprint_is_that_of_every_byte_label_and_name(jpegs):
+    def changed(field, value):
+        values = list(getattr(jpegs, field))
+        values[2] = value
+        return dataclasses.replace(jpegs, **{field: values if field == "images" else np.array(values)}).fingerprint()
+
+    image = bytearray(jpegs.images[2])
+    image[-1] ^= 1
+    prints = [jpegs.fingerprint(), changed("images", bytes(image)), changed("identities", 99), changed("cameras", 99),
+              changed("names", "other.png"), jpegs.select(np.arange(5)).fingerprint(),
+              jpegs.select(np.array([1, 0, 2, 3, 4, 5])).fingerprint()]
+    assert len(set(prints)) == len(prints)
+    assert jpegs.select(np.arange(6)).fingerprint() == jpegs.fingerprint()
+
+
+def test_select_keeps_what_belongs_together(jpegs):
+    picked = jpegs.select(np.array([4, 1]))
+    assert len(picked) == 2 and picked.dataset == "test"
+    assert picked.images == [jpegs.images[4], jpegs.images[1]]
+    assert picked.identities.tolist() == [5, 2] and picked.names.tolist() == ["004.png", "001.png"]
+
+
+def test_every_mode_decodes_to_rgb():
+    pixels = drawing(40, 20)
+    np.testing.assert_array_equal(decode_image(encode(pixels), "x"), pixels)
+    np.testing.assert_array_equal(decode_image(encode(pixels, mode="RGBA"), "x"), pixels)
+    grey = decode_image(encode(pixels, mode="L"), "x")
+    np.testing.assert_array_equal(grey, np.repeat(np.asarray(Image.fromarray(pixels).convert("L"))[..., None], 3, 2))
+    for other in (encode(pixels, mode="P"), encode(pixels, "JPEG", "CMYK", quality=95)):
+        decoded = decode_image(other, "x")
+        assert decoded.shape == (40, 20, 3) and decoded.dtype == np.uint8
+        assert np.abs(decoded.astype(int) - pixels).mean() < 20
+
+
+def test_resizing_is_antialiased():
+    """Plain bilinear interpolation would take two of eight columns and make grey into stripes or one colour."""
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = decode_image(encode(stripes), "x", 8, 8)
+    assert small.shape == (8, 8, 3)
+    assert np.abs(small[:, 1:-1].astype(int) - 127).max() <= 12
+    assert decode_image(encode(stripes), "x", 16, 8).shape == (16, 8, 3)
+
+
+@pytest.mark.parametrize("broken, message", [
+    (b"", "not an image"), (b"hello", "not an image"), (encode(drawing(40, 20))[:300], "does not decode"),
+    (encode(drawing(40, 20), "JPEG")[:300], "does not decode"),
+])
+def test_what_is_no_image_is_refused_by_name(broken, message):
+    with pytest.raises(UserError, match=f"seen.png.*{message}"):
+        decode_image(broken, "seen.png")
+    split = split_of([encode(drawing(40, 20)), broken])
+    with pytest.raises(UserError, match="test: 001.png"):
+        split.decode(16, 8)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [700, 300])  # the image has 800 pixels; Pillow warns above the limit, fails at twice
+def test_a_huge_image_is_refused_before_it_is_decoded(limit, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UserError, match="huge.png"):
+        decode_image(encode(drawing(40, 20)), "huge.png")
