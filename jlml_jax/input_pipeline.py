@@ -4,13 +4,14 @@ The encoded images stay in memory and every batch is named by its indices, so th
 is imported inside the functions only.
 """
 
-import functools
 from collections.abc import Iterator
 
 import numpy as np
 
 from jlml_jax.datasets.base import Split, decode_image
 from jlml_jax.errors import UserError
+
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 
 def decode_batches(split: Split, batches: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
@@ -27,10 +28,16 @@ def decode_batches(split: Split, batches: Iterator[np.ndarray], height: int, wid
     tf.config.set_visible_devices([], "GPU")  # its allocator would take the memory that JAX needs
     encoded = tf.constant(list(split.images))
 
-    if all(image[:2] == b"\xff\xd8" for image in split.images):
-        read = functools.partial(tf.io.decode_jpeg, channels=3, dct_method="INTEGER_ACCURATE")  # as Pillow does
-    else:
-        read = functools.partial(tf.io.decode_image, channels=3, expand_animations=False)
+    for image, name in zip(split.images, split.names, strict=True):
+        if not image.startswith((_JPEG, _PNG)):  # TensorFlow refuses some other formats and misreads some
+            raise UserError(f"{split.dataset}: {name} is neither JPEG nor PNG, which is all that data.loader=tf_data "
+                            "reads; use --config.data.loader=device")
+
+    def read(image):
+        return tf.cond(
+            tf.io.is_jpeg(image),
+            lambda: tf.io.decode_jpeg(image, channels=3, dct_method="INTEGER_ACCURATE"),  # as Pillow does
+            lambda: tf.io.decode_png(image, channels=3))
 
     def decode(index):
         image = tf.image.resize(read(encoded[index]), (height, width), antialias=True)
@@ -54,7 +61,8 @@ def decode_batches(split: Split, batches: Iterator[np.ndarray], height: int, wid
     )
     try:
         yield from dataset.as_numpy_iterator()
-    except tf.errors.InvalidArgumentError:
+    except tf.errors.InvalidArgumentError as error:
         for image, name in zip(split.images, split.names, strict=True):
             decode_image(image, f"{split.dataset}: {name}")  # names the one that does not decode
-        raise
+        raise UserError(f"TensorFlow does not decode an image of {split.dataset} that Pillow does ({error.message}); "
+                        "use --config.data.loader=device") from error

@@ -43,8 +43,8 @@ class TrainingLog:
         part.replace(self._path)
 
     def interval(self) -> dict[str, list[float]]:
-        """The values of every step since the last report, by name."""
-        return self._interval
+        """The values of every step since the last report, by name; a copy, which later steps do not change."""
+        return {name: list(values) for name, values in self._interval.items()}
 
     def add(self, done: int, metrics: dict[str, float]) -> None:
         """Takes the metrics of step `done` - 1, whose computation has ended."""

@@ -19,12 +19,14 @@ def l21_norm(kernel: jax.Array) -> jax.Array:
 def exclusive_l12_norm(kernel: jax.Array, num_strips: int) -> jax.Array:
     """Exclusive group LASSO, Eq. 2: sum over strips j and outputs i of (sum_k |kernel[j, k, i]|)^2 -> scalar.
 
-    kernel [num_strips * d, outputs], its rows strip-major: strip j owns rows j * d to (j + 1) * d - 1.
+    kernel [num_strips * d, outputs], its rows strip-major: strip j owns rows j * d to (j + 1) * d - 1. The gradient at
+    a zero weight is 0.
     """
     if kernel.shape[0] % num_strips:
         raise ValueError(f"{kernel.shape[0]} rows do not divide into {num_strips} strips")
     by_strip = kernel.reshape(num_strips, -1, kernel.shape[-1])
-    return jnp.square(jnp.abs(by_strip).sum(axis=1)).sum()
+    magnitudes = by_strip * jnp.sign(by_strip)  # abs, but with gradient 0 at 0, where JAX's own has 1
+    return jnp.square(magnitudes.sum(axis=1)).sum()
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:

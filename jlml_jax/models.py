@@ -164,6 +164,8 @@ class JLML(nn.Module):
 
 def check_input_size(height: int, width: int, num_strips: int) -> None:
     """Refuses an image size (pixels) that the stem and the strips do not divide evenly."""
+    if num_strips < 1:
+        raise UserError(f"model.num_strips={num_strips} must be at least 1")
     if height < 4 or width < 4 or height % 2 or width % 2:
         raise UserError(f"data.height={height} and data.width={width} must be even and at least 4")
     if (height // 2) % num_strips:

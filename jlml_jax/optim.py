@@ -14,7 +14,8 @@ def learning_rate_schedule(optim: ml_collections.ConfigDict, total_steps: int) -
     `total_steps`. Both rise linearly over the first `warmup_steps`.
     """
     if optim.schedule == "step":
-        schedule = optax.exponential_decay(optim.learning_rate, optim.decay_every, optim.decay_factor, staircase=True)
+        def schedule(step):  # in integers: a compiled floor(step / decay_every) of optax's can come a step late
+            return optim.learning_rate * jax.numpy.power(optim.decay_factor, step // optim.decay_every)
     elif optim.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(optim.learning_rate, total_steps)
     else:
@@ -29,8 +30,9 @@ def learning_rate_schedule(optim: ml_collections.ConfigDict, total_steps: int) -
 
 
 def make_optimizer(optim: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """SGD with momentum as Caffe's: v <- momentum v + gradient + weight_decay w; w <- w - learning_rate v.
+    """SGD with momentum: v <- momentum v + gradient + weight_decay w; w <- w - learning_rate v.
 
+    Caffe, which the paper used, has the learning rate inside v: the two differ for a few steps after each decay.
     Weight decay is on kernels alone: biases and the scales of BN are not decayed.
     """
     return optax.chain(

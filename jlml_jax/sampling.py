@@ -28,9 +28,10 @@ def batch_indices(seed: int, step: jax.Array | int, num_images: int, batch_size:
 def training_batches(seed: int, first_step: int, last_step: int, num_images: int,
                      batch_size: int) -> Iterator[np.ndarray]:
     """The indices of the batches of steps `first_step` to `last_step` - 1, on the host."""
-    draw = jax.jit(batch_indices, static_argnums=(0, 2, 3), backend="cpu")
+    draw = jax.jit(batch_indices, static_argnums=(0, 2, 3))
+    host = jax.local_devices(backend="cpu")[0]  # leaves the accelerator to the training steps
     for step in range(first_step, last_step):
-        yield np.asarray(draw(seed, step, num_images, batch_size))
+        yield np.asarray(draw(seed, jax.device_put(np.int32(step), host), num_images, batch_size))
 
 
 def evaluation_batches(num_images: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

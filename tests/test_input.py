@@ -53,7 +53,7 @@ def mixed():
     return split_of([encode(drawing(*size, seed), kind) for seed, size in enumerate(SIZES)
                      for kind in ("PNG", "JPEG")]
                     + [encode(drawing(70, 36), "PNG", mode) for mode in ("L", "RGBA", "P")]
-                    + [encode(drawing(70, 36), "JPEG", "CMYK"), encode(np.zeros((8, 4, 3), np.uint8), "BMP")])
+                    + [encode(drawing(70, 36), "JPEG", "CMYK")])
 
 
 # --- sampling
@@ -208,8 +208,22 @@ def test_tf_data_decodes_what_pillow_does_in_order(name, request):
     assert list(input_pipeline.decode_batches(split, iter([]), 64, 32)) == []
 
 
+def test_tf_data_refuses_formats_that_tensorflow_reads_otherwise(jpegs):
+    for kind in ("BMP", "TIFF"):
+        other = dataclasses.replace(jpegs, images=[*jpegs.images[:-1], encode(drawing(70, 36), kind)])
+        with pytest.raises(UserError, match=r"test: 005.png is neither JPEG nor PNG.*data.loader=device"):
+            list(input_pipeline.decode_batches(other, iter([np.arange(3)]), 64, 32))
+
+
+def test_sixteen_bits_a_channel_are_refused():
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 4), 4000, np.uint16)).save(file, "PNG")
+    with pytest.raises(UserError, match="deep.png has more than 8 bits a channel"):
+        decode_image(file.getvalue(), "deep.png")
+
+
 def test_tf_data_names_the_image_that_does_not_decode(jpegs):
-    for broken in (b"\xff\xd8 no image", jpegs.images[1][:200], b"nor this"):
+    for broken in (b"\xff\xd8\xff no image", jpegs.images[1][:200]):
         split = dataclasses.replace(jpegs, images=[jpegs.images[0], broken, *jpegs.images[2:]])
         with pytest.raises(UserError, match="test: 001.png"):
             list(input_pipeline.decode_batches(split, iter([np.arange(3)]), 64, 32))

@@ -152,6 +152,8 @@ def decode_image(encoded: bytes, name: str, height: int | None = None, width: in
         with Image.open(io.BytesIO(encoded)) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise UserError(f"{name} has {image.width} x {image.height} pixels, which is no crop of a person")
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits, not scale
+                raise UserError(f"{name} has more than 8 bits a channel; convert it to 8 bits")
             image = image.convert("RGB")
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image of a known format; replace the file") from error
