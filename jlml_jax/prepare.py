@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from absl import logging
 from tqdm import tqdm
 
 from jlml_jax import datasets
@@ -154,7 +153,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                                           "~/tensorflow_datasets)")
     parser.add_argument("--overwrite", action="store_true", help="build anew what is prepared already")
     options = parser.parse_args(arguments)
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every folder that is not there yet
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     return exit_status(lambda: prepare(options.dataset, options.source, options.data_dir,

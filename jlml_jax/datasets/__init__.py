@@ -4,6 +4,7 @@ import importlib
 import os
 
 import tensorflow_datasets as tfds
+from absl import logging
 
 from jlml_jax.datasets.base import Split, load_split
 from jlml_jax.errors import UserError
@@ -20,6 +21,8 @@ def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of data set `name`; `data_dir` defaults to TFDS's own (~/tensorflow_datasets)."""
     if name not in _BUILDERS:
         raise UserError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
+    # TFDS warns of a folder without data, which is told better by what then fails.
+    logging.set_verbosity(logging.ERROR)
     module, class_name = _BUILDERS[name].split(":")
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     return getattr(importlib.import_module(module), class_name)(data_dir=data_dir)

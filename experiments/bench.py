@@ -1,0 +1,121 @@
+"""Benchmarks: python -m experiments.bench train [--height=128 --width=64 --batch_size=32] [--json=FILE]
+
+`train`: the train step against the same network of plain nn.Conv, nn.BatchNorm and nn.max_pool, the same weights and
+the same loss, step by step in turn, so that a noisy machine slows both alike.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import default
+from jlml_jax import models, optim, parallel, provenance, train
+from jlml_jax.device_data import DeviceData
+
+NUM_IDENTITIES = 751  # Market-1501's
+
+
+class PlainConv(nn.Module):
+    """What `layers.Conv` would be if written down without a thought of speed; the same parameters."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    native: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        pad = (self.kernel_size - 1) // 2
+        conv = nn.Conv(self.features, (self.kernel_size,) * 2, self.stride, ((pad, pad), (pad, pad)), use_bias=False,
+                       dtype=self.dtype)
+        nn.share_scope(self, conv)
+        return conv(x)
+
+
+class PlainBatchNorm(nn.Module):
+    """Likewise for `layers.BatchNorm`."""
+
+    axis_name: str | None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = nn.BatchNorm(not train, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype,
+                            axis_name=self.axis_name)
+        nn.share_scope(self, norm)
+        return norm(x)
+
+
+def bench_train(height: int, width: int, batch_size: int, repeats: int) -> dict:
+    """Seconds a train step, ours and plain, and their ratio, each the median over `repeats` pairs."""
+    config = default.get_config()
+    config.data.height, config.data.width, config.train.batch_size = height, width, batch_size
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
+    rng = np.random.default_rng(0)
+    data = parallel.replicate(DeviceData(rng.integers(0, 256, (2 * batch_size, height, width, 3), np.uint8),
+                                         rng.integers(0, NUM_IDENTITIES, 2 * batch_size, np.int32)), mesh)
+    ours = train.build_model(config, NUM_IDENTITIES)
+    plain = ours.clone(native=True)
+    plain_layers = mock.patch.multiple(models, Conv=PlainConv, BatchNorm=PlainBatchNorm)
+    steps, states, compile_seconds = {}, {}, {}
+    for name, model in (("ours", ours), ("plain", plain)):
+        state = train.init_state(config, model, optimizer, mesh)
+        start = time.perf_counter()
+        lowered = train.make_train_step(config, model, optimizer, mesh, from_device_data=True)
+        if name == "plain":
+            with plain_layers:
+                steps[name] = lowered.lower(state, data).compile()
+        else:
+            steps[name] = lowered.lower(state, data).compile()
+        compile_seconds[name] = time.perf_counter() - start
+        states[name] = state
+    seconds = {name: [] for name in steps}
+    losses = {name: [] for name in steps}
+    for _ in range(repeats + 1):  # the first pair warms up
+        for name, step in steps.items():
+            start = time.perf_counter()
+            states[name], metrics = step(states[name], data)
+            losses[name].append(float(metrics["loss"]))
+            seconds[name].append(time.perf_counter() - start)
+    np.testing.assert_allclose(losses["ours"][:2], losses["plain"][:2], rtol=1e-3)  # it is the same work
+    seconds = {name: np.array(values[1:]) for name, values in seconds.items()}
+    ratios = seconds["plain"] / seconds["ours"]
+    return {
+        "height": height, "width": width, "batch_size": batch_size, "repeats": repeats,
+        "seconds_a_step": {name: float(np.median(values)) for name, values in seconds.items()},
+        "images_per_second": {name: float(batch_size / np.median(values)) for name, values in seconds.items()},
+        "compile_seconds": compile_seconds,
+        "over_plain": {"median": float(np.median(ratios)), "minimum": float(ratios.min()),
+                       "maximum": float(ratios.max())},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=["train"])
+    parser.add_argument("--height", type=int, default=128)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    args = parser.parse_args()
+    result = bench_train(args.height, args.width, args.batch_size, args.repeats) | {
+        "provenance": provenance.collect()}
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The command as a user types it: exit status, and one line on stderr for what the user can mend."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jlml_jax.datasets import base, synthetic_pedestrians
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_main(*arguments, folder, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "jlml_jax.main", *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | environment)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--config.train.stps=3"], 'Did you mean "steps" instead of "stps"?'),
+    (["--config.train.steps=many"], "invalid literal for int() with base 10: 'many'"),
+    (["--confg=configs/default.py"], "Unknown command line flag 'confg'. Did you mean: config"),
+    (["--config=configs/nothing.py"], "configs/nothing.py"),
+    (["--mode=test"], "train_and_evaluate|train|evaluate"),
+    (["configs/default.py"], "unexpected argument 'configs/default.py'"),
+    (["--config.data.name=market1501", "--config.data.data_dir=nowhere"], "python -m jlml_jax.prepare market1501"),
+])
+def test_what_the_user_can_mend_is_told_in_one_line(tmp_path, arguments, message):
+    done = run_main(*arguments, folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_shows_how_to_call_it(tmp_path):
+    done = run_main("--help", folder=tmp_path)
+    assert done.returncode == 0
+    assert "python -m jlml_jax.main" in done.stdout and "--workdir" in done.stdout
+
+
+def test_the_config_of_the_synthetic_job_in_miniature(tmp_path):
+    """Drawing, training, evaluation with baselines, results and picture, from the default config by its flags."""
+    done = run_main(
+        "--workdir=run", "--config.data.data_dir=data", "--config.train.steps=2", "--config.train.batch_size=8",
+        "--config.optim.warmup_steps=0",
+        "--config.data.height=32", "--config.data.width=16", "--config.model.num_strips=2", "--config.model.depth=1",
+        "--config.model.stem_features=4", "--config.model.global_widths=(4,4,4,4)",
+        "--config.model.local_widths=(4,4,4,4)", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = {row["feature"]: row for row in results["rows"]}
+    assert set(rows) == {"chance", "colour histogram", "untrained network", "global", "local", "joint"}
+    assert rows["joint"]["num_queries"] == 240 and rows["joint"]["num_gallery"] == 720
+    # Of 719 or so gallery images that count, 5 are right.
+    assert rows["chance"]["rank1"] == pytest.approx(5 / 719, abs=0.01)
+    assert 2 * rows["chance"]["rank1"] < rows["colour histogram"]["rank1"] < 0.15
+    assert {"command", "commit", "versions", "hardware", "seed", "wall_time_seconds"} <= set(results["provenance"])
+    assert (tmp_path / "run" / "ranked.png").stat().st_size > 10_000
+    assert "images/s" in done.stdout and "Total Parameters" in done.stdout
+
+
+def test_the_synthetic_set_is_as_described(tmp_path, monkeypatch):
+    """In miniature: a few of its people, drawn twice, with the sizes that the full set has by the same rule."""
+    monkeypatch.setattr(synthetic_pedestrians, "TRAIN_IDENTITIES", range(1, 4))
+    monkeypatch.setattr(synthetic_pedestrians, "TEST_IDENTITIES", range(201, 207))
+    splits = []
+    for folder in ("one", "two"):
+        builder = synthetic_pedestrians.SyntheticPedestrians(data_dir=tmp_path / folder)
+        builder.build()
+        splits.append({name: base.load_split(builder, name) for name in ("train", "query", "gallery")})
+    one, two = splits
+    assert {name: len(split) for name, split in one.items()} == {"train": 36, "query": 12, "gallery": 36}
+    assert all(one[name].fingerprint() == two[name].fingerprint() for name in one)
+    assert set(one["train"].identities) == {1, 2, 3} and set(one["gallery"].cameras) == set(range(1, 7))
+    assert sorted(one["query"].cameras) == sorted([1, 2, 3, 4, 5, 6] * 2)
+    seen = [image for split in one.values() for image in split.images]
+    assert len(set(seen)) == len(seen)
+    assert one["query"].decode(128, 64).shape == (12, 128, 64, 3)
+    assert np.all(one["query"].identities[:, None] != one["train"].identities)
