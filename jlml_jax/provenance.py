@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,11 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ten
 def collect() -> dict[str, Any]:
     """JSON for `results.json`; the caller adds what it alone knows (seed, wall time, data)."""
     source = Path(__file__).parent
+    spec = sys.modules["__main__"].__spec__  # None unless the process was started with -m
+    program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     commit = _git(source, "rev-parse", "HEAD")
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([program, *map(shlex.quote, sys.argv[1:])]),
         "commit": commit,
         "uncommitted_changes": bool(_git(source, "status", "--porcelain", "--", ".")) if commit else None,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
