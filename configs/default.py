@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     evaluate.normalize = "none"  # none, joint, per_branch: L2 normalisation of the matching feature
     evaluate.batch_size = 128  # global
     evaluate.max_rank = 50
-    evaluate.baselines = False  # also chance, a colour histogram and the untrained network
+    evaluate.baselines = False  # also chance, a colour histogram, the untrained network; holds all distances at once
     evaluate.picture = True  # ranked.png: a few queries with their top 10
 
     config.log_every = 100  # steps

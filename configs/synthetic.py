@@ -14,9 +14,9 @@ def get_config():
     config.optim.warmup_steps = 50
     config.optim.weight_decay = 5e-4
     config.augment.crop_padding = 3
-    config.train.steps = 600
+    config.train.steps = 450
     config.evaluate.normalize = "per_branch"
     config.evaluate.baselines = True
     config.log_every = 50
-    config.checkpoint_every = 200
+    config.checkpoint_every = 150
     return config

@@ -14,6 +14,15 @@ def normalise(images: jax.Array, data: ml_collections.ConfigDict) -> jax.Array:
     return images.astype(jnp.float32) * scale - shift
 
 
+# Sets the random numbers of augmentation apart from those of sampling, which come from the same seed.
+_STREAM = 0x617567
+
+
+def step_key(seed: int, step: jax.Array | int) -> jax.Array:
+    """The key of the augmentations of the global batch at `step`."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STREAM), step)
+
+
 def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDict, axis_name: str | None = None
             ) -> jax.Array:
     """Random changes to a batch of uint8 crops [b, H, W, 3], independent for each.

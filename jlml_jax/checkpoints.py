@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import orbax.checkpoint as ocp
 
 from jlml_jax.errors import UserError
@@ -28,21 +27,22 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: dict[str, Any]) -> None:
-    """Writes config.json and label_map.json into a new run's folder; in an old one, refuses another run's.
+    """Writes config.json and label_map.json into a new run's folder; in one with a checkpoint, refuses another run's.
 
     `label_map` is JSON: the training set, its fingerprint, and the identity that each class stands for.
     """
     config_path, labels_path = workdir / "config.json", workdir / "label_map.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if config_path.exists():
-            _refuse_difference(workdir, json.loads(config_path.read_text()), json.loads(config.to_json()))
-        elif any(workdir.iterdir()):
+        if not config_path.exists() and any(workdir.iterdir()):
             raise UserError(f"{workdir} has files in it but no config.json, so it is not a run's folder; "
                             "give another --workdir or empty it")
-        if labels_path.exists() and json.loads(labels_path.read_text()) != label_map:
-            raise UserError(f"{workdir} was trained on another version of {label_map['dataset']} than the one in "
-                            "data.data_dir; give another --workdir, or the data that it was trained on")
+        checkpoints = workdir / "checkpoints"
+        if checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()):
+            _refuse_difference(workdir, json.loads(config_path.read_text()), json.loads(config.to_json()))
+            if json.loads(labels_path.read_text()) != label_map:
+                raise UserError(f"{workdir} was trained on another version of {label_map['dataset']} than the one in "
+                                "data.data_dir; give another --workdir, or the data that it was trained on")
         write_atomically(config_path, config.to_json(indent=1))
         write_atomically(labels_path, json.dumps(label_map))
     except OSError as error:
@@ -66,16 +66,6 @@ def _refuse_difference(workdir: Path, old: dict[str, Any], new: dict[str, Any]) 
     if differing:
         raise UserError(f"{workdir} holds a run with another config: {', '.join(differing)}; "
                         "give another --workdir, or the same fields")
-
-
-def read_config(workdir: Path) -> ml_collections.ConfigDict:
-    """The config of the run in `workdir`."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise UserError(f"{workdir} is not a run's folder: it has no config.json; give --workdir of a trained run")
-    tree = json.loads(path.read_text())
-    return ml_collections.ConfigDict(jax.tree.map(
-        lambda x: tuple(x) if isinstance(x, list) else x, tree, is_leaf=lambda x: isinstance(x, list)))
 
 
 class Checkpoints:
@@ -115,8 +105,3 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
-
-
-def to_host(tree: Any) -> Any:
-    """Device arrays to NumPy."""
-    return jax.tree.map(np.asarray, tree)

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from jlml_jax import augment, baselines, device_data, input_pipeline, metrics, parallel, sampling
 from jlml_jax.datasets.base import Split
@@ -46,7 +47,8 @@ def extract_features(forward: Forward, variables: Any, split: Split, data: ml_co
     batches = [(indices[rows], mask) for indices, mask in sampling.evaluation_batches(len(split), batch_size)]
     images = decode_batches(split, (indices for indices, _ in batches), data)
     outputs, pending = [], None
-    for (_, mask), batch in zip(batches, images, strict=True):
+    bar = tqdm(images, f"features of {len(split):,} images", len(batches), unit=" batches", leave=False, disable=None)
+    for (_, mask), batch in zip(batches, bar, strict=True):
         result = forward(variables, parallel.shard_batch(batch, mesh)), mask
         if pending is not None:  # fetched only now, while the next batch is computed
             outputs.append(_unpadded(*pending))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +91,7 @@ def train_step(state: TrainState, batch: Batch, *, model: nn.Module, optimizer: 
         images, labels = device_data.draw(batch, config.seed, state.step, config.train.batch_size, BATCH_AXIS)
     else:
         images, labels = batch
-    key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+    key = augment.step_key(config.seed, state.step)
     images = augment.normalise(augment.augment(key, images, config.augment, BATCH_AXIS), config.data)
 
     def loss_of(params):
@@ -124,7 +125,7 @@ def print_model(model: nn.Module, config: ml_collections.ConfigDict) -> None:
     native = model.clone(native=True)  # as the paper counts: the CPU's rewrites move XLA's count
     images = jnp.zeros((1, config.data.height, config.data.width, 3))
     print(nn.tabulate(native, jax.random.key(0), depth=1, compute_flops=True,
-                      console_kwargs={"width": 140})(images))
+                      console_kwargs={"width": 140, "force_terminal": sys.stdout.isatty()})(images))
 
 
 def choose_loader(config: ml_collections.ConfigDict, num_images: int, mesh: Mesh) -> str:
@@ -150,7 +151,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     Returns the rows that it writes to `results.json` (none with mode="train"). mode="evaluate" takes the run's latest
     checkpoint. Raises UserError for what the caller can mend.
     """
-    started = time.perf_counter()
+    started, source = time.perf_counter(), provenance.collect()
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown; known are {', '.join(MODES)}")
     if config.compilation_cache:
@@ -164,19 +165,21 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
 
     protocol = protocols.load(config.data)
     identities = protocol.identities()
+    loader = choose_loader(config, len(protocol.train), mesh)
+    sampling.steps_per_epoch(len(protocol.train), config.train.batch_size)  # refuses too large a batch
     model = build_model(config, len(identities))
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     if mode == "evaluate" and not (workdir / "config.json").exists():
         raise UserError(f"{workdir} has no run to evaluate; train it first, or give --workdir of a trained run")
     claim_workdir(workdir, config, {"dataset": config.data.name, "fingerprint": protocol.train.fingerprint(),
                                     "identities": identities.tolist()})
     config = config.copy_and_resolve_references()
-    config.data.loader = choose_loader(config, len(protocol.train), mesh)
+    config.data.loader = loader
     print_model(model, config)
     print(f"{config.data.name}: {len(protocol.train)} training images of {len(identities)} identities, "
           f"{len(protocol.query)} queries, {len(protocol.gallery)} gallery images; run {workdir}; "
           f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s); loader {config.data.loader}", flush=True)
 
-    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     state = init_state(config, model, optimizer, mesh)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     try:
@@ -191,7 +194,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         checkpoints.close()
     if mode == "train":
         return []
-    return _evaluate(config, workdir, protocol, model, mesh, state, started)
+    source |= {"seed": config.seed, "train_fingerprint": protocol.train.fingerprint()}
+    return _evaluate(config, workdir, protocol, model, mesh, state, source, started)
 
 
 def _train(config: ml_collections.ConfigDict, workdir: Path, protocol: Protocol, model: nn.Module,
@@ -203,7 +207,6 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, protocol: Protocol,
         return state
     if first_step:
         print(f"resuming after step {first_step}", flush=True)
-    sampling.steps_per_epoch(len(protocol.train), config.train.batch_size)  # refuses too large a batch
     from_device_data = config.data.loader == "device"
     step = make_train_step(config, model, optimizer, mesh, from_device_data)
     batches = _batches(config, protocol, mesh, first_step)
@@ -292,7 +295,7 @@ class StopRequest:
 
 
 def _evaluate(config: ml_collections.ConfigDict, workdir: Path, protocol: Protocol, model: nn.Module, mesh: Mesh,
-              state: TrainState, started: float) -> list[dict[str, Any]]:
+              state: TrainState, source: dict[str, Any], started: float) -> list[dict[str, Any]]:
     forward = evaluate.make_forward(model, config.data, mesh)
 
     def features_of(variables):
@@ -309,9 +312,7 @@ def _evaluate(config: ml_collections.ConfigDict, workdir: Path, protocol: Protoc
     rows += evaluate.evaluate_features(protocol, query, gallery, config.evaluate)
     print(evaluate.format_rows(rows), flush=True)
     if jax.process_index() == 0:
-        source = provenance.collect() | {
-            "seed": config.seed, "steps": int(state.step), "wall_time_seconds": round(time.perf_counter() - started, 1),
-            "train_fingerprint": protocol.train.fingerprint()}
+        source |= {"steps": int(state.step), "wall_time_seconds": round(time.perf_counter() - started, 1)}
         write_atomically(workdir / "results.json", json.dumps({"rows": rows, "provenance": source}, indent=1))
         if config.evaluate.picture:
             joint = [list(evaluate.matching_features(features, config.evaluate.normalize).values())[-1]

@@ -226,6 +226,23 @@ def test_another_config_is_refused_by_its_fields(tiny_config, tmp_path):
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
+def test_other_data_are_refused(tiny_config, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path / "run", "train")
+    labels = json.loads((tmp_path / "run" / "label_map.json").read_text())
+    assert labels["dataset"] == "market1501" and len(labels["identities"]) == 4
+    (tmp_path / "run" / "label_map.json").write_text(json.dumps(labels | {"fingerprint": "0"}))
+    with pytest.raises(UserError, match="trained on another version of market1501"):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+
+
+def test_a_run_without_a_checkpoint_yet_may_be_begun_anew(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(tiny_config.to_json())
+    tiny_config.train.steps, tiny_config.optim.learning_rate = 2, 0.5
+    train_and_evaluate(tiny_config, tmp_path / "run", "train")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["optim"]["learning_rate"] == 0.5
+
+
 def test_a_folder_that_is_no_run_is_refused(tiny_config, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="no config.json"):
@@ -259,6 +276,7 @@ def test_bad_fields_are_named(tiny_config, tmp_path, field, value, message):
     with pytest.raises(UserError) as raised:
         train_and_evaluate(tiny_config, tmp_path / "run")
     assert message in str(raised.value)
+    assert not (tmp_path / "run").exists()  # or the mended command would be refused there
 
 
 def test_data_that_are_not_prepared_are_named_with_the_command(tiny_config, tmp_path):
