@@ -14,7 +14,7 @@ BATCH_AXIS = "batch"
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh of one axis over `devices`, by default all devices of all processes."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), (BATCH_AXIS,), (AxisType.Auto,), devices=devices)
+    return jax.make_mesh((len(devices),), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:

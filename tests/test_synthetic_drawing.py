@@ -4,8 +4,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from jlml_jax.datasets import synthetic_drawing
-from jlml_jax.datasets.synthetic_drawing import CUT, FAMILY_SIZE, NUM_CAMERAS, PART, WHOLE, draw_identity, draw_image
+from jlml_jax.datasets import synthetic_drawing, synthetic_people
+from jlml_jax.datasets.synthetic_drawing import NUM_CAMERAS, draw_image
+from jlml_jax.datasets.synthetic_people import CUT, FAMILY_SIZE, PART, WHOLE, draw_identity
 
 CAMERAS = range(1, NUM_CAMERAS + 1)
 CHECKSUM = "fd4d11325c41378b213a1c8d4a4003c60dbe821c5edde871dc8d72c9e7334bae"
@@ -68,7 +69,7 @@ def test_families_share_colors_with_other_families():
 
 
 def test_the_largest_family_has_no_doubles(monkeypatch):
-    monkeypatch.setattr(synthetic_drawing, "FAMILY_SIZE", 11)
+    monkeypatch.setattr(synthetic_people, "FAMILY_SIZE", 11)
     assert len({draw_identity(3, identity) for identity in range(1, 11 * 20 + 1)}) == 11 * 20
 
 
@@ -95,7 +96,8 @@ def test_every_difference_in_a_family_shows_in_every_camera(monkeypatch):
 )
 def test_every_difficulty_counts(monkeypatch, knob, value):
     before = draw_image(0, 6, 2, 0)
-    monkeypatch.setattr(synthetic_drawing, knob, value)
+    module = synthetic_people if knob == "FAMILY_SIZE" else synthetic_drawing
+    monkeypatch.setattr(module, knob, value)
     assert (draw_image(0, 6, 2, 0) != before).any()
 
 

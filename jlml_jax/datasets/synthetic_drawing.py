@@ -1,9 +1,5 @@
 """Drawing of `synthetic_pedestrians`: stylised people, seen by six cameras, as pure functions of integers.
 
-People come in families of `FAMILY_SIZE` that share the colours of their clothes and differ in one or two things: a
-part (logo, shoes, bag), the whole (build, figure, proportion, habit) or the cut of the clothes. Colour narrows a query
-down to some families; only structure picks the person.
-
 Pixels are the same on every machine: shapes are rasterised here, with coverage from distances, by + - * / and square
 roots alone, which IEEE 754 rounds one way only, and random numbers are taken as raw uniforms.
 """
@@ -11,15 +7,30 @@ roots alone, which IEEE 754 rounds one way only, and random numbers are taken as
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import numpy as np
+
+from jlml_jax.datasets.synthetic_people import (
+    BLACK,
+    BUILDS,
+    FIGURES,
+    HABITS,
+    LOWER_COLORS,
+    PROPORTIONS,
+    SKIN_COLORS,
+    UPPER_COLORS,
+    WHITE,
+    Color,
+    Identity,
+    Random,
+    draw_identity,
+    opposite,
+)
 
 HEIGHT, WIDTH = 128, 64
 NUM_CAMERAS = 6
 
 # The difficulty. A factor of 0 leaves its disturbance out; a greater one makes matching harder.
-FAMILY_SIZE = 4  # people who share the colours of their clothes, at most 11
 CAST_STRENGTH = 1.0  # factor on what sets one camera's colours apart from another's: gains, tone, contrast, saturation
 CAST_JITTER = 0.08  # how far the same vary from image to image of one camera
 NOISE = 1.0  # factor on each camera's sensor noise
@@ -29,81 +40,8 @@ POSE_JITTER = 1.0  # factor on how limbs and the angle of view vary from image t
 OCCLUSION_PROBABILITY = 0.2  # of a pole, a bollard or a passer-by before the person
 CLUTTER = 5  # objects in the background, in the colours of clothes
 
-T = TypeVar("T")
-Color = tuple[float, float, float]  # RGB, 0 to 255
 Point = tuple[float, float]
 Texture = Callable[[np.ndarray, np.ndarray], np.ndarray]  # across (-1 to 1) and along (0 to 1) a limb to [3, h, w]
-UPPER_COLORS: tuple[Color, ...] = (
-    (196, 52, 48), (48, 84, 176), (52, 132, 76), (214, 172, 62), (122, 74, 148), (40, 40, 46), (226, 224, 216),
-    (128, 130, 134),
-)
-LOWER_COLORS: tuple[Color, ...] = ((36, 36, 42), (52, 66, 118), (116, 112, 110), (188, 166, 126), (104, 70, 48))
-HAIR_COLORS: tuple[Color, ...] = ((34, 26, 24), (96, 60, 36), (206, 170, 96), (150, 148, 146))
-SKIN_COLORS: tuple[Color, ...] = ((240, 204, 176), (206, 158, 122), (150, 104, 74), (98, 66, 48))
-BLACK: Color = (26, 26, 28)
-WHITE: Color = (240, 240, 236)
-
-QUIET_PATTERNS = ("plain", "sleeves", "hem")  # these leave the chest free for a logo
-PATTERNS = (*QUIET_PATTERNS, "hoops", "columns", "checks", "yoke", "panel", "halves", "sash")
-LOWER_PATTERNS = ("plain", "seam", "bands", "cuffs")
-LOGOS = ("none", "disc", "bar", "cross", "triangle", "ring")
-SHOES = ("black", "white", "black boots", "white boots")
-BAGS = ("none", "backpack", "shoulder", "handbag")
-HAIR = ("short", "long", "bun", "afro", "hat")
-BUILDS = {"slim": 0.76, "medium": 1.0, "heavy": 1.28}  # width of torso and limbs
-FIGURES = {"even": (1.0, 1.0), "shoulders": (1.2, 0.76), "hips": (0.76, 1.24)}  # at shoulders, at hips
-# Level of the hips, as a fraction of the height, and size of the head.
-PROPORTIONS = {"long legs": (0.425, 0.88), "medium": (0.49, 1.0), "short legs": (0.57, 1.2)}
-
-
-# What the arms do, how far each foot is from the middle, how far the head hangs, forward and down.
-HABITS = {
-    "plain": ("down", 0.055, 0.0),
-    "akimbo": ("akimbo", 0.06, 0.0),
-    "phone": ("phone", 0.05, 0.0),
-    "holding": ("holding", 0.03, 0.05),
-    "striding": ("swing", 0.16, 0.0),
-}
-
-# The attributes that a family of one kind differs in: parts, the whole, or the cut of the clothes.
-PART = {"logo": LOGOS, "shoes": SHOES, "bag": BAGS}
-WHOLE = {"build": tuple(BUILDS), "figure": tuple(FIGURES), "proportion": tuple(PROPORTIONS), "habit": tuple(HABITS)}
-CUT = {
-    "pattern": PATTERNS,
-    "lower_pattern": LOWER_PATTERNS,
-    "garment": ("trousers", "shorts", "skirt"),
-    "sleeves": ("short", "long"),
-    "coat": ("short", "long"),
-    "hair": HAIR,
-}
-FAMILY_KINDS = (PART, WHOLE, CUT)
-
-
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """What stays with a person from image to image."""
-
-    upper: Color
-    accent: Color
-    lower: Color
-    skin: Color
-    hair_color: Color
-    bag_color: Color
-    bag_side: int  # -1 or 1: right or left, as the camera sees a person from the front
-    logo_level: float  # down the torso, 0 to 1
-    pattern: str
-    lower_pattern: str
-    garment: str
-    sleeves: str
-    coat: str
-    hair: str
-    logo: str
-    shoes: str
-    bag: str
-    build: str
-    figure: str
-    proportion: str
-    habit: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,66 +70,6 @@ CAMERAS = (
 )
 
 
-class _Random:
-    """Draws from the stream that a few integers name."""
-
-    def __init__(self, *key: int):
-        self.bits = np.random.PCG64(np.random.SeedSequence(key))
-        self._uniform = np.random.Generator(self.bits).random
-
-    def between(self, low: float, high: float) -> float:
-        return low + (high - low) * self._uniform()
-
-    def around(self, spread: float) -> float:
-        return spread * (2 * self._uniform() - 1)
-
-    def span(self, starts: tuple[float, float], lengths: tuple[float, float]) -> tuple[float, float]:
-        start = self.between(*starts)
-        return start, start + self.between(*lengths)
-
-    def chance(self, probability: float) -> bool:
-        return self._uniform() < probability
-
-    def pick(self, options: Sequence[T]) -> T:
-        return options[int(self._uniform() * len(options))]
-
-    def shuffled(self, options: Sequence[T]) -> list[T]:
-        rest = list(options)
-        return [rest.pop(int(self._uniform() * len(rest))) for _ in options]
-
-
-def draw_identity(seed: int, identity: int) -> Identity:
-    """The attributes of person `identity` (1 and up) among the people of `seed`, however many of them are drawn."""
-    if identity < 1:
-        raise ValueError(f"identities are 1 and up, not {identity}")
-    family, member = divmod(identity - 1, FAMILY_SIZE)
-    random = _Random(seed, 0, family)
-    kind = random.pick(FAMILY_KINDS)
-    upper = random.pick(UPPER_COLORS)
-    choices = {name: random.pick(options) for name, options in (PART | WHOLE | CUT).items()}
-    if kind is PART or choices["logo"] != "none":
-        choices["pattern"] = random.pick(QUIET_PATTERNS)
-    accent = random.pick(_unlike(UPPER_COLORS, upper, 50))
-    founder = Identity(
-        upper=upper,
-        accent=accent,
-        lower=random.pick(LOWER_COLORS),
-        skin=random.pick(_unlike(SKIN_COLORS, accent if choices["pattern"] == "sleeves" else upper, 38)),
-        hair_color=random.pick(HAIR_COLORS),
-        bag_color=_opposite(upper),
-        bag_side=random.pick((-1, 1)),
-        logo_level=random.pick((0.3, 0.64)),
-        **choices,
-    )
-    # Every further member changes one attribute of the founder, so that any two differ in one or two.
-    others = {name: random.shuffled([option for option in options if option != choices[name]])
-              for name, options in kind.items()}
-    order = random.shuffled(tuple(kind))
-    turns = range(max(map(len, others.values())))
-    changes = [(name, others[name][turn]) for turn in turns for name in order if turn < len(others[name])]
-    return dataclasses.replace(founder, **dict([changes[member - 1]])) if member else founder
-
-
 def draw_image(seed: int, identity: int, camera: int, index: int) -> np.ndarray:
     """Image `index` (0 and up) of a person (1 and up) by a camera (1 to 6): uint8 [128, 64, 3], a pure function."""
     return draw_person(draw_identity(seed, identity), camera, (seed, 1, identity, camera, index))
@@ -202,25 +80,13 @@ def draw_person(person: Identity, camera: int, key: Sequence[int]) -> np.ndarray
     if not 1 <= camera <= NUM_CAMERAS:
         raise ValueError(f"cameras are 1 to {NUM_CAMERAS}, not {camera}")
     view = CAMERAS[camera - 1]
-    random = _Random(*key)
+    random = Random(*key)
     canvas = _draw_background(view, random)
     frame = _Frame(canvas, view, random)
     _draw_body(frame, person, view, random)
     if random.chance(OCCLUSION_PROBABILITY):
         _draw_occluder(canvas, random)
     return _expose(canvas, view, random)
-
-
-def _luminance(color: Color) -> float:
-    return (3 * color[0] + 6 * color[1] + color[2]) / 10
-
-
-def _unlike(colors: Sequence[Color], other: Color, margin: float) -> list[Color]:
-    return [color for color in colors if abs(_luminance(color) - _luminance(other)) > margin]
-
-
-def _opposite(color: Color) -> Color:
-    return WHITE if _luminance(color) < 110 else BLACK
 
 
 def _shade(color: Color, factor: float) -> Color:
@@ -328,7 +194,7 @@ def _torso_texture(person: Identity, view: Camera, turn: float) -> Texture:
             paint = _blend(paint, _PATTERN_MASKS[person.pattern](u, v), person.accent)
         if person.logo != "none":
             mask = _LOGO_MASKS[person.logo](u / 0.6, (v - person.logo_level) / 0.21)
-            paint = _blend(paint, mask, _opposite(person.upper))
+            paint = _blend(paint, mask, opposite(person.upper))
         return paint * shading
 
     return texture
@@ -336,7 +202,7 @@ def _torso_texture(person: Identity, view: Camera, turn: float) -> Texture:
 
 def _pack_texture(person: Identity) -> Texture:
     mask = _LOGO_MASKS[person.logo]
-    return lambda u, v: _blend(_planes(person.bag_color), mask(u / 0.75, (v - 0.5) / 0.4), _opposite(person.bag_color))
+    return lambda u, v: _blend(_planes(person.bag_color), mask(u / 0.75, (v - 0.5) / 0.4), opposite(person.bag_color))
 
 
 def _lower_texture(person: Identity, shade: float, start: float, end: float) -> Texture:
@@ -344,7 +210,7 @@ def _lower_texture(person: Identity, shade: float, start: float, end: float) -> 
         paint = _planes(person.lower)
         if person.lower_pattern in _LOWER_MASKS:
             mask = _LOWER_MASKS[person.lower_pattern](u, start + v * (end - start))
-            paint = _blend(paint, mask, _opposite(person.lower))
+            paint = _blend(paint, mask, opposite(person.lower))
         return paint * (shade - 0.2 * np.abs(u))
 
     return texture
@@ -353,7 +219,7 @@ def _lower_texture(person: Identity, shade: float, start: float, end: float) -> 
 class _Frame:
     """Where a body, of height 1 and with its middle at 0 across, lies in an image."""
 
-    def __init__(self, canvas: np.ndarray, view: Camera, random: _Random):
+    def __init__(self, canvas: np.ndarray, view: Camera, random: Random):
         self.canvas = canvas
         self.size = 112 * (1 + random.around(0.06 * MISALIGNMENT))
         self.middle = WIDTH / 2 + random.around(3.5 * MISALIGNMENT)
@@ -376,11 +242,11 @@ class _Frame:
     def draw_block(self, top: Point, height: float, half: float, color: Color) -> None:
         """A bag: outlined, so that it shows on clothes of its own colour."""
         x, y = top
-        self.draw((x, y - 0.012), (x, y + height + 0.012), half + 0.012, _opposite(color), flat=True)
+        self.draw((x, y - 0.012), (x, y + height + 0.012), half + 0.012, opposite(color), flat=True)
         self.draw((x, y), (x, y + height), half, color, flat=True)
 
 
-def _draw_body(frame: _Frame, person: Identity, view: Camera, random: _Random) -> None:
+def _draw_body(frame: _Frame, person: Identity, view: Camera, random: Random) -> None:
     habit, stance, stoop = HABITS[person.habit]
     build, (shoulder_width, hip_width) = BUILDS[person.build], FIGURES[person.figure]
     hips, head_size = PROPORTIONS[person.proportion]
@@ -410,7 +276,7 @@ def _draw_body(frame: _Frame, person: Identity, view: Camera, random: _Random) -
     _draw_head(frame, person, view, toward, (lean * 1.5, 0.085 + stoop * 0.6), head_size)
 
 
-def _draw_legs(frame: _Frame, person: Identity, view: Camera, random: _Random, hips: float, hip: float,
+def _draw_legs(frame: _Frame, person: Identity, view: Camera, random: Random, hips: float, hip: float,
                stance: float, toward: int) -> None:
     build = BUILDS[person.build]
     middle = random.around(0.02 * POSE_JITTER)
@@ -443,7 +309,7 @@ def _draw_legs(frame: _Frame, person: Identity, view: Camera, random: _Random, h
 Arm = tuple[Point, Point, Point]  # shoulder, elbow, hand
 
 
-def _place_arms(habit: str, random: _Random, side: int, shoulder: float, hip: float, lean: float) -> list[Arm]:
+def _place_arms(habit: str, random: Random, side: int, shoulder: float, hip: float, lean: float) -> list[Arm]:
     """The arms at the camera's left and right, when a bag would be at `side`."""
     arms = []
     for arm in (-1, 1):
@@ -516,7 +382,7 @@ def _draw_head(frame: _Frame, person: Identity, view: Camera, toward: int, cente
                    radius * 0.28, person.accent)
 
 
-def _draw_background(view: Camera, random: _Random) -> np.ndarray:
+def _draw_background(view: Camera, random: Random) -> np.ndarray:
     """[3, H, W]: wall and floor, clutter in the colours of clothes, passers-by in the distance."""
     canvas = np.empty((3, HEIGHT, WIDTH), np.float32)
     floor = int(HEIGHT * (view.horizon + random.around(0.05)))
@@ -543,7 +409,7 @@ def _muted(color: Color, grey: float) -> Color:
     return tuple(0.5 * channel + 0.5 * grey for channel in color)
 
 
-def _draw_occluder(canvas: np.ndarray, random: _Random) -> None:
+def _draw_occluder(canvas: np.ndarray, random: Random) -> None:
     color = random.pick(UPPER_COLORS + LOWER_COLORS)
     kind = random.pick(("pole", "bollard", "passer-by"))
     if kind == "pole":
@@ -558,7 +424,7 @@ def _draw_occluder(canvas: np.ndarray, random: _Random) -> None:
         _draw_limb(canvas, (x, 0.17 * HEIGHT), (x, 0.19 * HEIGHT), (8.0, 8.0), random.pick(SKIN_COLORS))
 
 
-def _expose(canvas: np.ndarray, view: Camera, random: _Random) -> np.ndarray:
+def _expose(canvas: np.ndarray, view: Camera, random: Random) -> np.ndarray:
     """What the camera's optics and sensor make of canvas [3, H, W]: uint8 [H, W, 3]."""
     weight = view.blur * BLUR * random.between(0.6, 1.4)
     for planes in (canvas, canvas.transpose(0, 2, 1)):

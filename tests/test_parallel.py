@@ -1,0 +1,39 @@
+import jax
+import numpy as np
+import pytest
+
+from jlml_jax import parallel
+from jlml_jax.errors import UserError
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_processes_share_out_the_global_batch(monkeypatch, processes):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    rows = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        rows.append(np.arange(8)[parallel.process_slice(8)])
+    assert len({len(part) for part in rows}) == 1
+    np.testing.assert_array_equal(np.concatenate(rows), np.arange(8))
+
+
+def test_batches_lie_in_order_on_the_devices():
+    mesh = parallel.make_mesh()
+    batch = np.arange(24).reshape(8, 3)
+    sharded = parallel.shard_batch(batch, mesh)
+    np.testing.assert_array_equal(sharded, batch)
+    shards = sorted(sharded.addressable_shards, key=lambda shard: shard.index[0].start)
+    assert [shard.data.shape for shard in shards] == [(2, 3)] * 4
+    assert [shard.device for shard in shards] == list(mesh.devices)
+
+
+def test_replicas_are_whole_on_every_device():
+    replicated = parallel.replicate({"weights": np.arange(6.0)}, parallel.make_mesh())["weights"]
+    assert [shard.data.shape for shard in replicated.addressable_shards] == [(6,)] * 4
+
+
+@pytest.mark.parametrize("batch_size", [0, 2, 6])
+def test_a_batch_that_the_devices_do_not_divide_is_refused(batch_size):
+    with pytest.raises(UserError, match=rf"train.batch_size={batch_size} does not divide over 4 devices"):
+        parallel.check_batch_size(batch_size, parallel.make_mesh(), "train.batch_size")
+    parallel.check_batch_size(8, parallel.make_mesh(), "train.batch_size")
