@@ -125,6 +125,8 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
             raise UserError(f"cannot read {source} ({error}); give a readable --source") from error
         if originals.unexpected:
             print(f"{len(originals.unexpected)} files not of the data set are left out: {_first(originals.unexpected)}")
+        for note in originals.notes:
+            print(note)
         check_counts(originals.splits, dataset.EXPECTED, source)
         check_room(root, 0)  # before the minutes that decoding may take
         num_bytes = check_images([crop for crops in originals.splits.values() for crop in crops], source)

@@ -13,6 +13,7 @@ import pytest
 from market1501_miniature import write_market1501
 
 from configs import default
+from jlml_jax import prepare
 from jlml_jax.datasets.market1501 import Market1501
 
 
@@ -23,6 +24,19 @@ def market1501_dir(tmp_path_factory):
     write_market1501(source)
     Market1501(data_dir=data_dir).build(source)
     return data_dir
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs prepare with the given arguments, which must end with status 2; gives the one line that it told."""
+    def run(*arguments):
+        status = prepare.main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        assert status == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+    return run
 
 
 @pytest.fixture

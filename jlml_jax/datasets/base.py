@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,10 +87,16 @@ class Originals:
 
     splits: dict[str, list[Crop]]
     unexpected: list[str]  # paths, within the source, of files that are left out and do not belong there
+    # What else the protocols need, such as official partitions: JSON, kept as the metadata of the data set's TFDS info.
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # lines to tell the user
 
 
 class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
-    """Base of the data sets that are built from original files which the user has."""
+    """Base of the data sets that are built from original files which the user has.
+
+    Where a data set has configurations, EXPECTED and inspect may be the instance's instead of the class's.
+    """
 
     # Published counts: split -> any of images, identities, cameras, distractors, junk; a count left out is 0.
     EXPECTED: dict[str, dict[str, int]]
@@ -101,6 +108,8 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         originals = self.inspect(Path(dl_manager.manual_dir))
+        self.info.metadata.clear()  # of what is built over
+        self.info.metadata.update(originals.metadata)
         return {split: self._generate_examples(crops) for split, crops in originals.splits.items()}
 
     def _generate_examples(self, crops: Sequence[Crop]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -108,11 +117,57 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
             yield index, {"image": crop.read(), "identity": crop.identity, "camera": crop.camera, "name": crop.name}
 
 
+def first_few(items: Sequence[str]) -> str:
+    """The first three of `items`, as a part of a one-line message."""
+    return ", ".join([*items[:3], *["..."] * (len(items) > 3)])
+
+
+def unpacked_root(source: Path, archive: str, members: Sequence[str]) -> Path:
+    """The folder that `archive` unpacks to: `source` or the one of that name in it.
+
+    Raises:
+        UserError: it lacks any of `members`, of which folders end in a slash.
+    """
+    root = source / archive if (source / archive).is_dir() else source
+    missing = [name for name in members
+               if not ((root / name).is_dir() if name.endswith("/") else (root / name).is_file())]
+    if missing:
+        what = "lacks " + ", ".join(missing) if root.is_dir() else "is not a folder"
+        raise UserError(f"{root} {what}; give the unpacked {archive}, which has {', '.join(members)}")
+    return root
+
+
+_KNOWN_STRAYS = {"Thumbs.db"}  # the archives themselves have them
+
+
+def parse_names(root: Path, folders: Sequence[str], pattern: re.Pattern, suffixes: set[str], example: str,
+                ) -> tuple[dict[str, list[tuple[Path, re.Match]]], list[str]]:
+    """Lists the images in `folders` of `root`, sorted, with the matches of their names; and files that do not belong.
+
+    Raises:
+        UserError: files with one of `suffixes` (in lower case) whose names are not `pattern`, such as `example`.
+    """
+    images, strays, unparsable = {}, [], []
+    for folder in folders:
+        images[folder] = []
+        for path in sorted((root / folder).iterdir()):
+            if match := pattern.fullmatch(path.name):
+                images[folder].append((path, match))
+            elif path.suffix.lower() in suffixes and not path.name.startswith("."):
+                unparsable.append(f"{folder}/{path.name}")
+            elif path.name not in _KNOWN_STRAYS:
+                strays.append(f"{folder}/{path.name}")
+    if unparsable:
+        raise UserError(f"{len(unparsable)} image names in {root} are not like {example}: {first_few(unparsable)}; "
+                        "remove or rename them")
+    return images, strays
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Images of one data set in memory, still encoded, with their annotation; sorted by name."""
 
-    dataset: str
+    dataset: str  # as in datasets.NAMES
     images: Sequence[bytes]  # N encoded files
     identities: np.ndarray  # int64 [N]
     cameras: np.ndarray  # int64 [N]
@@ -164,12 +219,19 @@ def decode_image(encoded: bytes, name: str, height: int | None = None, width: in
     return np.asarray(image)
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encodes uint8 [height, width, 3] without loss."""
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
 def load_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
     """Reads a prepared split into memory, sorted by name. Needs no TensorFlow."""
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     examples: list[dict[str, Any]] = sorted((source[i] for i in range(len(source))), key=lambda e: e["name"])
     return Split(
-        dataset=builder.name,
+        dataset="/".join([builder.name, *([builder.builder_config.name] if builder.builder_config else [])]),
         images=[example["image"] for example in examples],
         identities=np.array([example["identity"] for example in examples], np.int64),
         cameras=np.array([example["camera"] for example in examples], np.int64),

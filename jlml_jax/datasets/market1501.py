@@ -5,15 +5,13 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals
-from jlml_jax.errors import UserError
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, parse_names, unpacked_root
 
 ROOT = "Market-1501-v15.09.15"
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test", "multi_query": "gt_bbox"}
 
 # 0002_c1s1_000451_03.jpg: identity, camera, sequence, frame, box of the frame. Some names end in .jpg twice.
 _NAME = re.compile(r"(?P<identity>-1|\d{4})_c(?P<camera>[1-6])s\d_\d{6}_\d{2}\.jpg(\.jpg)?")
-_KNOWN_STRAYS = {"Thumbs.db"}  # the archive itself has them
 
 
 class Market1501(BenchmarkBuilder):
@@ -47,26 +45,10 @@ class Market1501(BenchmarkBuilder):
     @classmethod
     def inspect(cls, source: Path) -> Originals:
         """Lists the images in `source`, the unpacked folder or the one above it, by their names."""
-        root = source / ROOT if (source / ROOT).is_dir() else source
-        missing = [folder for folder in FOLDERS.values() if not (root / folder).is_dir()]
-        if missing:
-            what = "lacks " + ", ".join(f"{folder}/" for folder in missing) if root.is_dir() else "is not a folder"
-            raise UserError(f"{root} {what}; give the unpacked {ROOT}, which has "
-                            + ", ".join(f"{folder}/" for folder in FOLDERS.values()))
-        splits, strays, unparsable = {}, [], []
-        for split, folder in FOLDERS.items():
-            splits[split] = []
-            for path in sorted((root / folder).iterdir()):
-                origin = f"{folder}/{path.name}"
-                if match := _NAME.fullmatch(path.name):
-                    splits[split].append(Crop(path.name, int(match["identity"]), int(match["camera"]), origin,
-                                              path.read_bytes))
-                elif path.suffix.lower() in {".jpg", ".jpeg"} and not path.name.startswith("."):
-                    unparsable.append(origin)
-                elif path.name not in _KNOWN_STRAYS:
-                    strays.append(origin)
-        if unparsable:
-            listed = ", ".join([*unparsable[:3], *["..."] * (len(unparsable) > 3)])
-            raise UserError(f"{len(unparsable)} image names in {root} are not like 0002_c1s1_000451_03.jpg: {listed}; "
-                            "remove or rename them")
+        root = unpacked_root(source, ROOT, [f"{folder}/" for folder in FOLDERS.values()])
+        images, strays = parse_names(root, list(FOLDERS.values()), _NAME, {".jpg", ".jpeg"}, "0002_c1s1_000451_03.jpg")
+        splits = {
+            split: [Crop(path.name, int(match["identity"]), int(match["camera"]), f"{folder}/{path.name}",
+                         path.read_bytes) for path, match in images[folder]]
+            for split, folder in FOLDERS.items()}
         return Originals(splits, strays)
