@@ -9,9 +9,11 @@ from absl import logging
 from jlml_jax.datasets.base import Split, load_split
 from jlml_jax.errors import UserError
 
+# Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
 _BUILDERS = {
     "market1501": "jlml_jax.datasets.market1501:Market1501",
     "synthetic_pedestrians": "jlml_jax.datasets.synthetic_pedestrians:SyntheticPedestrians",
+    "viper": "jlml_jax.datasets.viper:Viper",
 }
 
 NAMES = tuple(sorted(_BUILDERS))
@@ -25,7 +27,8 @@ def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     logging.set_verbosity(logging.ERROR)
     module, class_name = _BUILDERS[name].split(":")
     data_dir = os.path.expanduser(data_dir) if data_dir else None
-    return getattr(importlib.import_module(module), class_name)(data_dir=data_dir)
+    config = name.partition("/")[2] or None
+    return getattr(importlib.import_module(module), class_name)(data_dir=data_dir, config=config)
 
 
 def load(name: str, splits: tuple[str, ...], data_dir: str | None = None) -> dict[str, Split]:
