@@ -11,6 +11,7 @@ from jlml_jax.errors import UserError
 
 # Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
 _BUILDERS = {
+    "grid": "jlml_jax.datasets.grid:Grid",
     "market1501": "jlml_jax.datasets.market1501:Market1501",
     "synthetic_pedestrians": "jlml_jax.datasets.synthetic_pedestrians:SyntheticPedestrians",
     "viper": "jlml_jax.datasets.viper:Viper",
