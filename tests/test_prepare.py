@@ -227,7 +227,7 @@ sys.exit(status)
 
 def test_wrong_arguments(capsys, data_dir):
     assert prepare.main(["marked1501"]) == 2
-    assert "unknown data set 'marked1501'; known are market1501" in capsys.readouterr().err
+    assert "unknown data set 'marked1501'; known are cuhk03/detected, " in capsys.readouterr().err
     assert prepare.main(["market1501", f"--data_dir={data_dir}"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -11,6 +11,8 @@ from jlml_jax.errors import UserError
 
 # Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
 _BUILDERS = {
+    "cuhk03/detected": "jlml_jax.datasets.cuhk03:Cuhk03",
+    "cuhk03/labeled": "jlml_jax.datasets.cuhk03:Cuhk03",
     "grid": "jlml_jax.datasets.grid:Grid",
     "market1501": "jlml_jax.datasets.market1501:Market1501",
     "synthetic_pedestrians": "jlml_jax.datasets.synthetic_pedestrians:SyntheticPedestrians",
