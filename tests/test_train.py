@@ -266,6 +266,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
     ("train.batch_size", 4000, "larger than the training set"),
     ("data.height", 30, "data.height=30: half of it does not divide by model.num_strips=2"),
     ("data.name", "market1502", "unknown data set 'market1502'"),
+    ("data.name", "viper", "data.name='viper' can be prepared, but its protocol is not there yet"),
     ("data.loader", "torch", "data.loader='torch' is unknown"),
     ("model.loss", "triplet", "model.loss='triplet' is unknown"),
     ("optim.schedule", "poly", "optim.schedule='poly' is unknown"),
