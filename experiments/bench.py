@@ -5,6 +5,7 @@ the same loss, step by step in turn, so that a noisy machine slows both alike.
 """
 
 import argparse
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -69,15 +70,12 @@ def bench_train(height: int, width: int, batch_size: int, repeats: int) -> dict:
     plain = ours.clone(native=True)
     plain_layers = mock.patch.multiple(models, Conv=PlainConv, BatchNorm=PlainBatchNorm)
     steps, states, compile_seconds = {}, {}, {}
-    for name, model in (("ours", ours), ("plain", plain)):
+    for name, model, layers in (("ours", ours, contextlib.nullcontext()), ("plain", plain, plain_layers)):
         state = train.init_state(config, model, optimizer, mesh)
         start = time.perf_counter()
-        lowered = train.make_train_step(config, model, optimizer, mesh, from_device_data=True)
-        if name == "plain":
-            with plain_layers:
-                steps[name] = lowered.lower(state, data).compile()
-        else:
-            steps[name] = lowered.lower(state, data).compile()
+        with layers:
+            step = train.make_train_step(config, model, optimizer, mesh, from_device_data=True)
+            steps[name] = step.lower(state, data).compile()
         compile_seconds[name] = time.perf_counter() - start
         states[name] = state
     seconds = {name: [] for name in steps}

@@ -13,18 +13,13 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import DISTRACTOR, JUNK, Crop, decode_image
+from jlml_jax.datasets.base import DISTRACTOR, JUNK, Crop, decode_image, first_few
 from jlml_jax.errors import UserError, exit_status
 
 _EXAMPLE = """example:
   python -m jlml_jax.prepare market1501 --source=Market-1501-v15.09.15
   python -m jlml_jax.prepare synthetic_pedestrians
 """
-
-
-def _first(items: Sequence[str]) -> str:
-    """The first three of `items`, as a part of a one-line message."""
-    return "; ".join([*items[:3], *["..."] * (len(items) > 3)])
 
 
 def count(crops: Iterable[Crop]) -> dict[str, int]:
@@ -51,7 +46,7 @@ def check_counts(splits: dict[str, list[Crop]], expected: dict[str, dict[str, in
             if found != published:
                 wrong.append(f"{split} has {found:,} {what} instead of {published:,}")
     if wrong:
-        raise UserError(f"{source} does not hold the data set as published: {_first(wrong)}; "
+        raise UserError(f"{source} does not hold the data set as published: {first_few(wrong, '; ')}; "
                         "unpack or copy the original files again")
 
 
@@ -73,7 +68,7 @@ def check_images(crops: Sequence[Crop], source: Path) -> int:
     failures = [result for result in results if isinstance(result, str)]
     if failures:
         raise UserError(f"{len(failures)} of {len(crops):,} images in {source} are unreadable: "
-                        f"{_first(failures)}")
+                        f"{first_few(failures, '; ')}")
     print(f"all {len(crops):,} images decode")
     return sum(results)
 
@@ -124,7 +119,8 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
         except OSError as error:
             raise UserError(f"cannot read {source} ({error}); give a readable --source") from error
         if originals.unexpected:
-            print(f"{len(originals.unexpected)} files not of the data set are left out: {_first(originals.unexpected)}")
+            print(f"{len(originals.unexpected)} files not of the data set are left out: "
+                  f"{first_few(originals.unexpected, '; ')}")
         for note in originals.notes:
             print(note)
         check_counts(originals.splits, dataset.EXPECTED, source)

@@ -171,7 +171,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
     if mode == "evaluate" and not (workdir / "config.json").exists():
         raise UserError(f"{workdir} has no run to evaluate; train it first, or give --workdir of a trained run")
-    claim_workdir(workdir, config, {"dataset": config.data.name, "fingerprint": protocol.train.fingerprint(),
+    fingerprint = protocol.train.fingerprint()
+    claim_workdir(workdir, config, {"dataset": config.data.name, "fingerprint": fingerprint,
                                     "identities": identities.tolist()})
     config = config.copy_and_resolve_references()
     config.data.loader = loader
@@ -194,7 +195,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         checkpoints.close()
     if mode == "train":
         return []
-    source |= {"seed": config.seed, "train_fingerprint": protocol.train.fingerprint()}
+    source |= {"seed": config.seed, "train_fingerprint": fingerprint}
     return _evaluate(config, workdir, protocol, model, mesh, state, source, started)
 
 

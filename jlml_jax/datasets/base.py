@@ -117,9 +117,9 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
             yield index, {"image": crop.read(), "identity": crop.identity, "camera": crop.camera, "name": crop.name}
 
 
-def first_few(items: Sequence[str]) -> str:
+def first_few(items: Sequence[str], separator: str = ", ") -> str:
     """The first three of `items`, as a part of a one-line message."""
-    return ", ".join([*items[:3], *["..."] * (len(items) > 3)])
+    return separator.join([*items[:3], *["..."] * (len(items) > 3)])
 
 
 def unpacked_root(source: Path, archive: str, members: Sequence[str]) -> Path:
