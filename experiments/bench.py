@@ -66,7 +66,7 @@ def bench_train(height: int, width: int, batch_size: int, repeats: int) -> dict:
     rng = np.random.default_rng(0)
     data = parallel.replicate(DeviceData(rng.integers(0, 256, (2 * batch_size, height, width, 3), np.uint8),
                                          rng.integers(0, NUM_IDENTITIES, 2 * batch_size, np.int32)), mesh)
-    ours = train.build_model(config, NUM_IDENTITIES)
+    ours = models.build_model(config, NUM_IDENTITIES)
     plain = ours.clone(native=True)
     plain_layers = mock.patch.multiple(models, Conv=PlainConv, BatchNorm=PlainBatchNorm)
     steps, states, compile_seconds = {}, {}, {}

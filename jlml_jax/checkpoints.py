@@ -1,5 +1,6 @@
 """Orbax save and restore of a run, with the config and the label map beside the weights."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jlml_jax.errors import UserError
@@ -14,6 +16,8 @@ from jlml_jax.errors import UserError
 # What may differ between a run and its resumption: it changes what is shown or kept, not what is learned.
 FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_every", "keep_checkpoints",
                "compilation_cache")
+
+_LABEL_MAP, _CONFIG = "label_map.json", "config.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -26,27 +30,87 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: dict[str, Any]) -> None:
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in `workdir` has saved anything yet; a trial's run counts for the folder of all trials."""
+    return any(step.name.isdigit() for pattern in ("checkpoints/*", "trial-*/checkpoints/*")
+               for step in workdir.glob(pattern))
+
+
+def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: dict[str, Any] | None = None) -> None:
     """Writes config.json and label_map.json into a new run's folder; in one with a checkpoint, refuses another run's.
 
-    `label_map` is JSON: the training set, its fingerprint, and the identity that each class stands for.
+    `label_map` is JSON: what was trained on, and the identity that each class stands for. The folder of several trials
+    has none; each trial has its own.
     """
-    config_path, labels_path = workdir / "config.json", workdir / "label_map.json"
+    config_path, labels_path = workdir / _CONFIG, workdir / _LABEL_MAP
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not config_path.exists() and any(workdir.iterdir()):
-            raise UserError(f"{workdir} has files in it but no config.json, so it is not a run's folder; "
+            raise UserError(f"{workdir} has files in it but no {_CONFIG}, so it is not a run's folder; "
                             "give another --workdir or empty it")
-        checkpoints = workdir / "checkpoints"
-        if checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()):
+        if has_checkpoint(workdir):
             _refuse_difference(workdir, json.loads(config_path.read_text()), json.loads(config.to_json()))
-            if json.loads(labels_path.read_text()) != label_map:
+            if label_map is not None and json.loads(labels_path.read_text()) != label_map:
                 raise UserError(f"{workdir} was trained on another version of {label_map['dataset']} than the one in "
                                 "data.data_dir; give another --workdir, or the data that it was trained on")
         write_atomically(config_path, config.to_json(indent=1))
-        write_atomically(labels_path, json.dumps(label_map))
+        if label_map is not None:
+            write_atomically(labels_path, json.dumps(label_map))
     except OSError as error:
         raise UserError(f"cannot use the run's folder {workdir}: {error.strerror}; give another --workdir") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """What a finished or unfinished run left."""
+
+    config: ml_collections.ConfigDict
+    label_map: dict[str, Any]
+    step: int  # of the checkpoint
+    variables: dict[str, Any]  # params and batch_stats, NumPy arrays
+
+
+def load_run(workdir: str | Path) -> SavedRun:
+    """The config, the label map and the latest weights of the run in `workdir`, to use them elsewhere.
+
+    Raises:
+        UserError: there is no run, it has no checkpoint yet, or the checkpoint does not restore.
+    """
+    workdir = Path(workdir)
+    trials = sorted(path.parent.name for path in workdir.glob(f"trial-*/{_LABEL_MAP}"))
+    if trials:
+        raise UserError(f"{workdir} holds several trials; give one of them, such as {workdir / trials[0]}")
+    try:
+        config = ml_collections.ConfigDict(_with_tuples(json.loads((workdir / _CONFIG).read_text())))
+        label_map = json.loads((workdir / _LABEL_MAP).read_text())
+    except OSError as error:
+        raise UserError(f"{workdir} is not a run's folder ({error.strerror}: {Path(error.filename).name}); give one "
+                        "that jlml_jax.main has made") from error
+    except ValueError as error:
+        raise UserError(f"{workdir} has a damaged {_CONFIG} or {_LABEL_MAP} ({error}); train again") from error
+    if not has_checkpoint(workdir):
+        raise UserError(f"{workdir} has no checkpoint yet; train it first")
+    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
+    step = manager.latest_step()
+    manager.close()
+    path = (workdir / "checkpoints" / str(step) / "state").absolute()
+    try:
+        reader = ocp.PyTreeCheckpointer()
+        tree = reader.metadata(path).item_metadata.tree
+        wanted = {part: tree[part] for part in ("params", "batch_stats")}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        variables = reader.restore(path, args=ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True))
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"checkpoint {step} in {path.parents[1]} does not restore ({str(error)[:200]}); delete that "
+                        "folder to take the one before") from error
+    return SavedRun(config, label_map, step, variables)
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON has no tuples, and the configs have no lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

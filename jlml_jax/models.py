@@ -8,10 +8,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from jlml_jax.errors import UserError
 from jlml_jax.layers import BatchNorm, Conv, he_normal, max_pool
+from jlml_jax.parallel import BATCH_AXIS
 
 BRANCHES = ("global", "local")
 
@@ -160,6 +162,17 @@ class JLML(nn.Module):
                 logits[name] = nn.Dense(self.num_identities, kernel_init=he_normal,
                                         name=f"{name}_identity")(x)
         return {"features": features, "logits": logits}
+
+
+def build_model(config: ml_collections.ConfigDict, num_identities: int) -> JLML:
+    """The network of `config.model`, in the form that suits this backend."""
+    for field, known in (("branches", ("both", "global", "local")), ("loss", ("multi", "uni"))):
+        if config.model[field] not in known:
+            raise UserError(f"model.{field}={config.model[field]!r} is unknown; known are {', '.join(known)}")
+    if config.model.loss == "uni" and config.model.branches != "both":
+        raise UserError("model.loss=uni joins two branches, so it needs model.branches=both")
+    check_input_size(config.data.height, config.data.width, config.model.num_strips)
+    return JLML(num_identities, **config.model, native=jax.default_backend() != "cpu", axis_name=BATCH_AXIS)
 
 
 def check_input_size(height: int, width: int, num_strips: int) -> None:

@@ -38,7 +38,7 @@ from jlml_jax.checkpoints import Checkpoints, claim_workdir, write_atomically
 from jlml_jax.device_data import DeviceData
 from jlml_jax.errors import UserError
 from jlml_jax.logs import TrainingLog
-from jlml_jax.models import JLML, check_input_size, init_variables
+from jlml_jax.models import build_model, check_input_size, init_variables
 from jlml_jax.parallel import BATCH_AXIS
 from jlml_jax.protocols import Protocol
 
@@ -59,17 +59,6 @@ class TrainState:
 
 
 Batch = DeviceData | tuple[jax.Array, jax.Array]  # a data set to draw from, or this device's (images, labels)
-
-
-def build_model(config: ml_collections.ConfigDict, num_identities: int) -> JLML:
-    """The network of `config.model`, in the form that suits this backend."""
-    for field, known in (("branches", ("both", "global", "local")), ("loss", ("multi", "uni"))):
-        if config.model[field] not in known:
-            raise UserError(f"model.{field}={config.model[field]!r} is unknown; known are {', '.join(known)}")
-    if config.model.loss == "uni" and config.model.branches != "both":
-        raise UserError("model.loss=uni joins two branches, so it needs model.branches=both")
-    check_input_size(config.data.height, config.data.width, config.model.num_strips)
-    return JLML(num_identities, **config.model, native=jax.default_backend() != "cpu", axis_name=BATCH_AXIS)
 
 
 def init_state(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,

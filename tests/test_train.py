@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jlml_jax import optim, parallel, protocols, train
-from jlml_jax.checkpoints import Checkpoints
+from jlml_jax import models, optim, parallel, protocols, train
+from jlml_jax.checkpoints import Checkpoints, load_run
 from jlml_jax.device_data import place
 from jlml_jax.errors import UserError
 from jlml_jax.logs import TIME_FIELDS
@@ -31,7 +31,7 @@ def lines_of(workdir):
 def final_state(config, workdir):
     """The arrays of the run's last checkpoint, by path."""
     protocol = protocols.load(config.data)
-    model = train.build_model(config, len(protocol.identities()))
+    model = models.build_model(config, len(protocol.identities()))
     mesh = parallel.make_mesh(jax.devices()[:1])
     state = train.init_state(config, model, optim.make_optimizer(config.optim, config.train.steps), mesh)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
@@ -54,7 +54,7 @@ class Parts:
     def __init__(self, config, count):
         self.config, self.mesh = config, parallel.make_mesh(jax.devices()[:count])
         self.protocol = protocols.load(config.data)
-        self.model = train.build_model(config, len(self.protocol.identities()))
+        self.model = models.build_model(config, len(self.protocol.identities()))
         self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
         self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
                           self.mesh)
@@ -214,6 +214,36 @@ def test_a_finished_run_says_so_and_evaluates_again(tiny_config, tmp_path, capsy
     tiny_config.evaluate.normalize = "none"
     evaluated = train_and_evaluate(tiny_config, tmp_path / "run", "evaluate")
     assert evaluated == rows
+
+
+def test_a_run_is_loaded_with_its_latest_weights(tiny_config, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path / "run", "train")
+    run = load_run(tmp_path / "run")
+    assert run.step == 12 and run.config.to_json() == tiny_config.to_json()
+    assert isinstance(run.config.model.global_widths, tuple)
+    loaded = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(run.variables)}
+    state = final_state(tiny_config, tmp_path / "run")
+    assert len(loaded) > 100
+    for name, leaf in loaded.items():
+        assert isinstance(leaf, np.ndarray)
+        np.testing.assert_array_equal(leaf, state[name.replace("['params']", ".params", 1)
+                                                  .replace("['batch_stats']", ".batch_stats", 1)])
+
+
+def test_what_is_not_a_run_is_not_loaded(tiny_config, tmp_path):
+    with pytest.raises(UserError, match=r"is not a run's folder \(No such file or directory: config.json\)"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "label_map.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged config.json or label_map.json"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text(tiny_config.to_json())
+    with pytest.raises(UserError, match="has no checkpoint yet; train it first"):
+        load_run(tmp_path)
+    (tmp_path / "trial-03").mkdir()
+    (tmp_path / "trial-03" / "label_map.json").write_text("{}")
+    with pytest.raises(UserError, match="holds several trials; give one of them, such as .*trial-03"):
+        load_run(tmp_path)
 
 
 def test_another_config_is_refused_by_its_fields(tiny_config, tmp_path):
