@@ -7,10 +7,14 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "default"  # the run's folder is runs/NAME unless --workdir is given
     config.seed = 0
+    config.init_from = ""  # folder of a run whose weights to start from, all but the identity layers; empty: none
 
     config.data = data = ConfigDict()
-    data.name = "synthetic_pedestrians"
+    data.name = "synthetic_pedestrians"  # several joined by +: trained on together, without a test
     data.data_dir = ""  # where the TFDS data lie; empty: TFDS's default, ~/tensorflow_datasets
+    data.trials = "0"  # of the protocol's, where it has several: 3, 0-4 or all
+    data.cuhk03_protocol = "single-shot"  # single-shot: 20 trials; 767/700: the split that has that name
+    data.cuhk03_train_identities = 1_367  # of a single-shot trial: 1,367 (Table 2) or 1,260 (the paper's text)
     data.height = 224  # pixels; half of it must divide by model.num_strips
     data.width = 224
     data.mean = (0.485, 0.456, 0.406)  # of pixels / 255, subtracted by channel (ImageNet's)
@@ -60,6 +64,8 @@ def get_config() -> ConfigDict:
     evaluate.normalize = "none"  # none, joint, per_branch: L2 normalisation of the matching feature
     evaluate.batch_size = 128  # global
     evaluate.max_rank = 50
+    evaluate.datasets = ""  # data sets to be evaluated on besides data.name, in all their trials: viper,grid
+    evaluate.multi_query = "mean"  # Market-1501's, in rows of their own; pooled by mean or max; empty: none
     evaluate.baselines = False  # also chance, a colour histogram, the untrained network; holds all distances at once
     evaluate.picture = True  # ranked.png: a few queries with their top 10
 

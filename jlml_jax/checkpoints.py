@@ -49,7 +49,9 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
             raise UserError(f"{workdir} has files in it but no {_CONFIG}, so it is not a run's folder; "
                             "give another --workdir or empty it")
         if has_checkpoint(workdir):
-            _refuse_difference(workdir, json.loads(config_path.read_text()), json.loads(config.to_json()))
+            # The folder of several trials may be asked for others of them.
+            free = FREE_FIELDS if label_map is not None else (*FREE_FIELDS, "data.trials")
+            _refuse_difference(workdir, json.loads(config_path.read_text()), json.loads(config.to_json()), free)
             if label_map is not None and json.loads(labels_path.read_text()) != label_map:
                 raise UserError(f"{workdir} was trained on another version of {label_map['dataset']} than the one in "
                                 "data.data_dir; give another --workdir, or the data that it was trained on")
@@ -64,6 +66,7 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
 class SavedRun:
     """What a finished or unfinished run left."""
 
+    workdir: Path
     config: ml_collections.ConfigDict
     label_map: dict[str, Any]
     step: int  # of the checkpoint
@@ -103,7 +106,25 @@ def load_run(workdir: str | Path) -> SavedRun:
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"checkpoint {step} in {path.parents[1]} does not restore ({str(error)[:200]}); delete that "
                         "folder to take the one before") from error
-    return SavedRun(config, label_map, step, variables)
+    return SavedRun(workdir, config, label_map, step, variables)
+
+
+# Fields of the model that no parameter but those of the identity layers depends on.
+_TRANSFERABLE_FIELDS = ("model.loss", "model.norm_momentum")
+
+
+def refuse_other_network(run: SavedRun, config: ml_collections.ConfigDict) -> None:
+    """A UserError if the weights of `run`, apart from the identity layers, are not those of `config.model`."""
+    old, new = ({name: value for name, value in _flatten({"model": json.loads(c.to_json())["model"]}).items()
+                 if name not in _TRANSFERABLE_FIELDS} for c in (run.config, config))
+    if differing := _differences(old, new):
+        raise UserError(f"init_from={run.workdir} is a run of another network: {', '.join(differing)}; give the same "
+                        "fields, or another run")
+
+
+def load_label_map(workdir: Path) -> dict[str, Any]:
+    """The label map of the run in `workdir`, which has a checkpoint."""
+    return json.loads((workdir / _LABEL_MAP).read_text())
 
 
 def _with_tuples(value: Any) -> Any:
@@ -123,11 +144,15 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _refuse_difference(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    old, new = _flatten(old), _flatten(new)
-    differing = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in sorted(old.keys() | new.keys())
-                 if old.get(key) != new.get(key) and not key.startswith(FREE_FIELDS)]
-    if differing:
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)]
+
+
+def _refuse_difference(workdir: Path, old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> None:
+    old, new = ({key: value for key, value in _flatten(config).items() if not key.startswith(free)}
+                for config in (old, new))
+    if differing := _differences(old, new):
         raise UserError(f"{workdir} holds a run with another config: {', '.join(differing)}; "
                         "give another --workdir, or the same fields")
 

@@ -1,6 +1,6 @@
 """Features of a split, then metrics: the rows of results.json."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,20 +13,27 @@ from tqdm import tqdm
 from jlml_jax import augment, baselines, device_data, input_pipeline, metrics, parallel, sampling
 from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError
-from jlml_jax.protocols import Protocol
+from jlml_jax.protocols import Trial
 
 REPORTED_RANKS = (1, 5, 10, 20)
+SCORES = (*(f"rank{rank}" for rank in REPORTED_RANKS), "mean_ap", "mean_ap_trapezoid", "mean_inp")
+ACCURACIES = ("top1", "top5")
+TITLES = dict(zip(SCORES + ACCURACIES, (*(f"R{rank}" for rank in REPORTED_RANKS), "mAP", "mAP trap.", "mINP", "top-1",
+                                        "top-5"), strict=True))
 CHANCE_DRAWS = 10  # rankings that the chance row averages over
 
 Features = dict[str, np.ndarray]
 Forward = Callable[[Any, jax.Array], dict[str, jax.Array]]
 
 
-def make_forward(model: nn.Module, data: ml_collections.ConfigDict, mesh: Mesh) -> Forward:
-    """Compiled (variables, images uint8 [B, H, W, 3] sharded over the mesh) -> features by branch [B, dim]."""
+def make_forward(model: nn.Module, data: ml_collections.ConfigDict, mesh: Mesh, output: str = "features") -> Forward:
+    """Compiled (variables, images uint8 [B, H, W, 3] sharded over the mesh) -> features by branch [B, dim].
+
+    With `output` "logits" instead those of the identity layers, by head [B, classes].
+    """
 
     def forward(variables, images):
-        return model.apply(variables, augment.normalise(images, data), train=False)["features"]
+        return model.apply(variables, augment.normalise(images, data), train=False)[output]
 
     replicated, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(parallel.BATCH_AXIS))
     return jax.jit(forward, in_shardings=(replicated, rows), out_shardings=replicated)
@@ -67,10 +74,19 @@ def _unpadded(features: Mapping[str, jax.Array], mask: np.ndarray) -> Features:
     return {branch: np.asarray(values, np.float32)[mask] for branch, values in features.items()}
 
 
-def check_normalize(normalize: str) -> None:
-    """Refuses a value of `evaluate.normalize` that is not known."""
-    if normalize not in ("none", "joint", "per_branch"):
-        raise UserError(f"evaluate.normalize={normalize!r} is unknown; known are none, joint, per_branch")
+NORMALIZE = ("none", "joint", "per_branch")
+
+
+def check_fields(evaluate: ml_collections.ConfigDict) -> None:
+    """Refuses values of `config.evaluate` that are not known."""
+    _check_known("normalize", evaluate.normalize, NORMALIZE)
+    _check_known("multi_query", evaluate.multi_query, ("", *POOLING))
+
+
+def _check_known(field: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"evaluate.{field}={value!r} is unknown; known are "
+                        + ", ".join(choice or "'' (none)" for choice in known))
 
 
 def matching_features(features: Features, normalize: str) -> Features:
@@ -78,7 +94,7 @@ def matching_features(features: Features, normalize: str) -> Features:
 
     `normalize`: none; joint: the matching feature scaled to length 1; per_branch: each branch, before it is joined.
     """
-    check_normalize(normalize)
+    _check_known("normalize", normalize, NORMALIZE)
     if normalize == "per_branch":
         features = {branch: _unit(values) for branch, values in features.items()}
     matching = dict(features)
@@ -93,24 +109,87 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def evaluate_features(protocol: Protocol, query: Features, gallery: Features, evaluate: ml_collections.ConfigDict
-                      ) -> list[dict[str, Any]]:
-    """A row of results.json for each branch and for the joint feature."""
-    query = matching_features(query, evaluate.normalize)
-    gallery = matching_features(gallery, evaluate.normalize)
+class FeatureCache:
+    """Features of splits by `extract`, computed once for each image however many splits have it."""
+
+    def __init__(self, extract: Callable[[Split], Features]):
+        self._extract = extract
+        self._rows: dict[bytes, int] = {}  # encoded image -> row
+        self._features: Features = {}
+
+    def __call__(self, split: Split) -> Features:
+        rows = [self._rows.setdefault(image, len(self._rows)) for image in split.images]
+        known = len(next(iter(self._features.values()))) if self._features else 0
+        new, first = np.unique(rows, return_index=True)
+        if len(missing := first[new >= known]):
+            features = self._extract(split.select(missing))
+            self._features = {branch: np.concatenate([self._features[branch], values]) if known else values
+                              for branch, values in features.items()}
+        return {branch: values[rows] for branch, values in self._features.items()}
+
+
+def evaluate_trials(trials: Iterable[Trial], extract: Callable[[Split], Features],
+                    evaluate: ml_collections.ConfigDict) -> list[dict[str, Any]]:
+    """The rows of each trial, and those of their mean if there are several."""
+    trials, rows = list(trials), []
+    for trial in trials:
+        query, gallery = (matching_features(extract(split), evaluate.normalize)
+                          for split in (trial.query, trial.gallery))
+        rows += _rank(trial, trial.protocol, query, gallery, evaluate)
+        if trial.multi_query is not None and evaluate.multi_query:
+            further = matching_features(extract(trial.multi_query), evaluate.normalize)
+            pooled = {name: pool_queries(trial, query[name], further[name], evaluate.multi_query) for name in query}
+            rows += _rank(trial, "multi-query", pooled, gallery, evaluate)
+    return rows + (mean_rows(rows) if len(trials) > 1 else [])
+
+
+def _rank(trial: Trial, protocol: str, query: Features, gallery: Features, evaluate: ml_collections.ConfigDict
+          ) -> list[dict[str, Any]]:
+    return [make_row(trial, protocol, name, evaluate.normalize, metrics.evaluate_ranking(
+                query[name], gallery[name], *labels_of(trial), max_rank=max(evaluate.max_rank, *REPORTED_RANKS),
+                single_gallery_shot=trial.single_gallery_shot))
+            for name in query]
+
+
+POOLING = {"mean": np.mean, "max": np.max}
+
+
+def pool_queries(trial: Trial, query: np.ndarray, further: np.ndarray, pooling: str) -> np.ndarray:
+    """Multi-query: in place of each query's feature, those of its identity's images by its camera, pooled.
+
+    Args:
+      query: [Q, D]; kept where the trial has no further image of a query's identity and camera.
+      further: [M, D], of `trial.multi_query`.
+      pooling: mean or max, by dimension. Zheng et al. (2015) tried both for their bag of words and had the better
+        results with max; for learned features the mean is the common choice, and the default.
+    """
+    images = trial.multi_query
+    rows = {}
+    for row, key in enumerate(zip(images.identities.tolist(), images.cameras.tolist(), strict=True)):
+        rows.setdefault(key, []).append(row)
+    keys = zip(trial.query.identities.tolist(), trial.query.cameras.tolist(), strict=True)
+    return np.stack([POOLING[pooling](further[rows[key]], axis=0) if key in rows else own
+                     for key, own in zip(keys, query, strict=True)])
+
+
+def evaluate_validation(trial: Trial, logits: Features) -> list[dict[str, Any]]:
+    """A row of classification accuracy for each head; `logits` [N, classes] of the validation images."""
+    labels = trial.labels_of(trial.validation)
     rows = []
-    for name in query:
-        scores = metrics.evaluate_ranking(query[name], gallery[name], *labels_of(protocol),
-                                          max_rank=max(evaluate.max_rank, *REPORTED_RANKS))
-        rows.append(make_row(protocol, name, evaluate.normalize, scores))
+    for head, values in logits.items():
+        true = values[np.arange(len(labels)), labels]
+        rank = (values >= true[:, None]).sum(axis=1)  # of equal logits the wrong class comes first
+        rows.append({"dataset": trial.dataset, "protocol": trial.protocol, "trial": trial.number, "feature": head,
+                     "top1": float(np.mean(rank <= 1)), "top5": float(np.mean(rank <= 5)), "num_images": len(labels),
+                     "num_classes": values.shape[1]} | _note(trial))
     return rows
 
 
-def evaluate_baselines(protocol: Protocol, data: ml_collections.ConfigDict) -> list[dict[str, Any]]:
+def evaluate_baselines(trial: Trial, data: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     """Rows that any model must beat: chance, and a colour histogram by the metric that suits it best."""
     rng = np.random.default_rng(0)
-    shape = (len(protocol.query), len(protocol.gallery))
-    draws = [metrics.rank_metrics(rng.random(shape, np.float32), *labels_of(protocol)) for _ in range(CHANCE_DRAWS)]
+    shape = (len(trial.query), len(trial.gallery))
+    draws = [metrics.rank_metrics(rng.random(shape, np.float32), *labels_of(trial)) for _ in range(CHANCE_DRAWS)]
     mean = metrics.RankingMetrics(
         cmc=np.mean([draw.cmc for draw in draws], axis=0),
         mean_ap=float(np.mean([draw.mean_ap for draw in draws])),
@@ -118,35 +197,83 @@ def evaluate_baselines(protocol: Protocol, data: ml_collections.ConfigDict) -> l
         mean_inp=float(np.mean([draw.mean_inp for draw in draws])),
         num_valid_queries=draws[0].num_valid_queries,
     )
-    query = baselines.color_histogram(protocol.query.decode(data.height, data.width))
-    gallery = baselines.color_histogram(protocol.gallery.decode(data.height, data.width))
-    histogram = max((metrics.rank_metrics(distances(query, gallery), *labels_of(protocol))
+    query = baselines.color_histogram(trial.query.decode(data.height, data.width))
+    gallery = baselines.color_histogram(trial.gallery.decode(data.height, data.width))
+    histogram = max((metrics.rank_metrics(distances(query, gallery), *labels_of(trial))
                      for distances in baselines.HISTOGRAM_METRICS.values()), key=lambda scores: scores.cmc[0])
-    return [make_row(protocol, "chance", "none", mean), make_row(protocol, "colour histogram", "none", histogram)]
+    return [make_row(trial, trial.protocol, feature, "none", scores)
+            for feature, scores in (("chance", mean), ("colour histogram", histogram))]
 
 
-def labels_of(protocol: Protocol) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def labels_of(trial: Trial) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Query and gallery identities, query and gallery cameras: the order in which `metrics` takes them."""
-    return (protocol.query.identities, protocol.gallery.identities, protocol.query.cameras, protocol.gallery.cameras)
+    return trial.query.identities, trial.gallery.identities, trial.query.cameras, trial.gallery.cameras
 
 
-def make_row(protocol: Protocol, feature: str, normalize: str, scores: metrics.RankingMetrics) -> dict[str, Any]:
+def make_row(trial: Trial, protocol: str, feature: str, normalize: str, scores: metrics.RankingMetrics
+             ) -> dict[str, Any]:
     """One row of results.json; fractions, 0 to 1."""
     ranks = {f"rank{rank}": float(scores.cmc[rank - 1]) for rank in REPORTED_RANKS}
+    num_gallery = len(np.unique(trial.gallery.identities)) if trial.single_gallery_shot else len(trial.gallery)
     return {
-        "dataset": protocol.query.dataset, "protocol": protocol.name, "trial": 0, "feature": feature,
+        "dataset": trial.dataset, "protocol": protocol, "trial": trial.number, "feature": feature,
         "normalize": normalize, **ranks, "mean_ap": scores.mean_ap, "mean_ap_trapezoid": scores.mean_ap_trapezoid,
-        "mean_inp": scores.mean_inp, "num_queries": scores.num_valid_queries, "num_gallery": len(protocol.gallery),
-    }
+        "mean_inp": scores.mean_inp, "num_queries": scores.num_valid_queries, "num_gallery": num_gallery,
+    } | _note(trial)
 
 
-def format_rows(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table in per cent."""
-    columns = [*(f"rank{rank}" for rank in REPORTED_RANKS), "mean_ap", "mean_ap_trapezoid", "mean_inp"]
-    titles = [*(f"R{rank}" for rank in REPORTED_RANKS), "mAP", "mAP trap.", "mINP"]
+def _note(trial: Trial) -> dict[str, str]:
+    return {"incomplete": trial.incomplete} if trial.incomplete else {}
+
+
+_NOT_AVERAGED = ("dataset", "protocol", "feature", "normalize", "incomplete")
+
+
+def mean_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For rows of several trials, those of their means, with sample standard deviations as `SCORE_std`."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(field) for field in _NOT_AVERAGED), []).append(row)
+    means = []
+    for group in groups.values():
+        mean = group[0] | {"trial": "mean", "trials": [row["trial"] for row in group]}
+        for score in SCORES:
+            values = [row[score] for row in group]
+            mean |= {score: float(np.mean(values)), f"{score}_std": float(np.std(values, ddof=1))}
+        for count in ("num_queries", "num_gallery"):
+            mean[count] = float(np.mean([row[count] for row in group]))
+        if len(group) > 1:
+            means.append(mean)
+    return means
+
+
+def format_rows(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as tables in per cent, one for each data set, protocol and trial."""
+    tables = {}
+    for row in rows:
+        tables.setdefault((row["dataset"], row["protocol"], row["trial"]), []).append(row)
+    return "\n\n".join(_format_table(table) for table in tables.values())
+
+
+def _format_table(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
-    lines = [f"{first['dataset']}, {first['protocol']}, {first['num_queries']} queries, "
-             f"{first['num_gallery']} gallery images; per cent",
-             f"{'feature':<20}" + "".join(f"{title:>10}" for title in titles)]
-    lines += [f"{row['feature']:<20}" + "".join(f"{100 * row[column]:>10.1f}" for column in columns) for row in rows]
+    title = f"{first['dataset']}, {first['protocol']}"
+    if first["trial"] == "mean":
+        title += f", mean of {len(first['trials'])} trials and standard deviation"
+    elif first["trial"]:
+        title += f", trial {first['trial']}"
+    columns = [column for column in TITLES if column in first]
+    title += (f", {first['num_images']} images of {first['num_classes']} classes" if "top1" in first else
+              f", {first['num_queries']:g} queries, {first['num_gallery']:g} gallery images") + "; per cent"
+    if "incomplete" in first:
+        title += f"\nan incomplete or degraded copy of the data: {first['incomplete']}"
+
+    def cell(row: dict[str, Any], column: str) -> str:
+        deviation = f" ± {100 * row[f'{column}_std']:.1f}" if f"{column}_std" in row else ""
+        return f"{100 * row[column]:.1f}{deviation}"
+
+    width = 14 if first["trial"] == "mean" else 10
+    lines = [title, f"{'feature':<20}" + "".join(f"{TITLES[column]:>{width}}" for column in columns)]
+    lines += [f"{row['feature']:<20}" + "".join(f"{cell(row, column):>{width}}" for column in columns)
+              for row in rows]
     return "\n".join(lines)

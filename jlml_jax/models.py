@@ -16,6 +16,7 @@ from jlml_jax.layers import BatchNorm, Conv, he_normal, max_pool
 from jlml_jax.parallel import BATCH_AXIS
 
 BRANCHES = ("global", "local")
+_IDENTITY = "_identity"
 
 
 class ResidualUnit(nn.Module):
@@ -160,7 +161,7 @@ class JLML(nn.Module):
             inputs = features if self.loss == "multi" else {"joint": jnp.concatenate(list(features.values()), -1)}
             for name, x in inputs.items():
                 logits[name] = nn.Dense(self.num_identities, kernel_init=he_normal,
-                                        name=f"{name}_identity")(x)
+                                        name=name + _IDENTITY)(x)
         return {"features": features, "logits": logits}
 
 
@@ -185,6 +186,11 @@ def check_input_size(height: int, width: int, num_strips: int) -> None:
         nearest = max(1, round(height / (2 * num_strips))) * 2 * num_strips
         raise UserError(f"data.height={height}: half of it does not divide by model.num_strips={num_strips}; "
                         f"the nearest height that does is {nearest}")
+
+
+def is_identity_layer(name: str) -> bool:
+    """Whether the part of the network's parameters of that name depends on who is to be told apart."""
+    return name.endswith(_IDENTITY)
 
 
 def init_variables(model: nn.Module, seed: int, height: int, width: int) -> dict[str, Any]:

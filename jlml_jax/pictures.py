@@ -8,19 +8,19 @@ from PIL import Image, ImageDraw
 from jlml_jax import metrics
 from jlml_jax.datasets.base import JUNK
 from jlml_jax.errors import UserError
-from jlml_jax.protocols import Protocol
+from jlml_jax.protocols import Trial
 
 _CROP, _FRAME, _GAP = (64, 128), 4, 6  # pixels: width and height of a crop, its frame, the space around it
 _RIGHT, _WRONG, _QUERY, _PAPER = (28, 148, 72), (206, 44, 44), (90, 90, 90), (255, 255, 255)
 
 
-def ranked_lists(protocol: Protocol, query_features: np.ndarray, gallery_features: np.ndarray, path: Path, *,
+def ranked_lists(trial: Trial, query_features: np.ndarray, gallery_features: np.ndarray, path: Path, *,
                  num_queries: int = 8, top_k: int = 10, seed: int = 0) -> None:
     """Draws random queries, each with its `top_k` gallery images: right ones framed in green, wrong ones in red.
 
     Images that do not count (junk, and the query's own identity and camera) are left out.
     """
-    query, gallery = protocol.query, protocol.gallery
+    query, gallery = trial.query, trial.gallery
     chosen = np.sort(np.random.default_rng(seed).permutation(len(query))[:num_queries])
     distances = metrics.l2_distances(query_features[chosen], gallery_features)
     cell = (_CROP[0] + 2 * _FRAME + _GAP, _CROP[1] + 2 * _FRAME + _GAP)

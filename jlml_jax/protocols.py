@@ -1,26 +1,43 @@
-"""Who is train, query and gallery in a benchmark's protocol."""
+"""Who is train, query and gallery in each trial of a benchmark's protocol."""
 
 import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import ml_collections
 import numpy as np
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import DISTRACTOR, Split
+from jlml_jax.datasets.base import DISTRACTOR, Split, first_few
 from jlml_jax.errors import UserError
 
-# Data sets whose splits are train, query and gallery themselves.
-FIXED_SPLITS = ("market1501", "synthetic_pedestrians")
+VIPER_TRIALS = 10
+CUHK03_PROTOCOLS = ("single-shot", "767/700")
+CUHK03_TRAIN_IDENTITIES = (1_367, 1_260)  # Table 2; the text, which leaves out the last two camera pairs
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
-    """The images of one trial. Training and test identities are disjoint."""
+class Trial:
+    """The images of one trial. Training and test identities are disjoint.
 
-    name: str  # as results.json has it
-    train: Split
-    query: Split
-    gallery: Split
+    What a data set has no images for is None: a union of data sets has no test, one of test images alone no training
+    set, and ImageNet has `validation` in place of query and gallery.
+    """
+
+    dataset: str  # as in datasets.NAMES, or several joined by +
+    protocol: str  # as results.json has it
+    number: int = 0
+    train: Split | None = None
+    query: Split | None = None
+    gallery: Split | None = None
+    multi_query: Split | None = None  # Market-1501: further images of the queries' identities, by their cameras
+    validation: Split | None = None  # images of the training classes, whose share classified rightly is the result
+    single_gallery_shot: bool = False  # rank against one random image a gallery identity, as metrics has it
+    incomplete: str = ""  # what is known to be missing or degraded in this copy of the data, in words
+    # Data sets joined into `train`: an identity there is that of the data set plus this.
+    offsets: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def identities(self) -> np.ndarray:
         """The training identities, sorted, int64 [C]: class c of a classifier is the person identities()[c]."""
@@ -28,22 +45,262 @@ class Protocol:
 
     def labels(self) -> np.ndarray:
         """The classes of the training images, int64 [N]."""
-        return np.searchsorted(self.identities(), self.train.identities)
+        return self.labels_of(self.train)
+
+    def labels_of(self, split: Split) -> np.ndarray:
+        """The classes of images of training identities, int64 [N]."""
+        return np.searchsorted(self.identities(), split.identities)
+
+    def people(self) -> dict[str, list[int]]:
+        """The training identities by data set, in the order of the classes."""
+        identities = self.identities()
+        bounds = [*(self.offsets or {self.dataset: 0}).items(), ("", np.iinfo(np.int64).max)]
+        return {dataset: (identities[(identities > low) & (identities <= high)] - low).tolist()
+                for (dataset, low), (_, high) in zip(bounds, bounds[1:], strict=False)}
 
 
-def load(data: ml_collections.ConfigDict) -> Protocol:
-    """The protocol of `config.data`: Market-1501's single-query one, and the same for the synthetic set."""
-    if data.name in datasets.NAMES and data.name not in FIXED_SPLITS:
-        raise UserError(f"data.name={data.name!r} can be prepared, but its protocol is not there yet; "
-                        f"train on {' or '.join(FIXED_SPLITS)}")
-    splits = datasets.load(data.name, ("train", "query", "gallery"), data.data_dir)
-    for name, split in splits.items():
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """The trials of a data set; each is made when it is asked for."""
+
+    num_trials: int
+    trial: Callable[[int], Trial]  # 0 to num_trials - 1
+
+    def numbers(self, chosen: str) -> list[int]:
+        """The trials that `config.data.trials` names: `3`, `0-4` or `all`."""
+        last = self.num_trials - 1
+        if chosen == "all":
+            return list(range(self.num_trials))
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", chosen)
+        if not match or int(match[1]) > int(match[2] or match[1]) or int(match[2] or match[1]) > last:
+            raise UserError(f"data.trials={chosen!r} is not among the trials, 0 to {last}; give one (3), some (0-4) or "
+                            "all")
+        return list(range(int(match[1]), int(match[2] or match[1]) + 1))
+
+
+def load(name: str, data: ml_collections.ConfigDict) -> Protocol:
+    """The protocol of data set `name`, with the choices that `data`, a `config.data`, makes.
+
+    Several names joined by `+` are trained on as a whole, all their identities together, with no test (the paper's
+    pre-training on CUHK03 and Market-1501).
+
+    Raises:
+        UserError: the data set is unknown or not prepared, or does not hold what the protocol needs.
+    """
+    if "+" in name:
+        return _union(name, data)
+    return _PROTOCOLS.get(name.partition("/")[0], _fixed_splits)(name, data)
+
+
+def tests(name: str, data: ml_collections.ConfigDict) -> list[Trial]:
+    """All trials of a data set, to be evaluated on."""
+    protocol = load(name, data)
+    trials = [protocol.trial(number) for number in range(protocol.num_trials)]
+    if trials[0].query is None:
+        raise UserError(f"evaluate.datasets={name!r} has no queries and gallery to be evaluated on; leave it out")
+    return trials
+
+
+def _fixed_splits(name: str, data: ml_collections.ConfigDict) -> Protocol:
+    """Market-1501, and sets like it: the splits are train, query, gallery and perhaps multi_query themselves."""
+    splits = datasets.load(name, ("train", "query", "gallery", "multi_query"), data.data_dir)
+    incomplete = _incomplete(name, data)
+
+    def trial(number: int) -> Trial:
+        parts = dict(splits)
+        if "multi_query" in parts:
+            everyone, query = parts["multi_query"], parts["query"]
+            parts["multi_query"] = everyone.select(np.flatnonzero(_in(_person_cameras(everyone),
+                                                                      _person_cameras(query))))
+        return _checked(Trial(name, "single-query", number, **parts, incomplete=incomplete))
+    return Protocol(1, trial)
+
+
+def _viper(name: str, data: ml_collections.ConfigDict) -> Protocol:
+    """10 random halves of the people, the same in every run; cam_a is queried against cam_b (Gray and Tao, 2008)."""
+    splits = datasets.load(name, ("cam_a", "cam_b"), data.data_dir)
+    people = np.unique(splits["cam_a"].identities)
+    incomplete = _incomplete(name, data)
+
+    def trial(number: int) -> Trial:
+        # RandomState's stream is frozen for good, where NumPy's newer generators may change theirs.
+        train, test = np.split(np.random.RandomState(number).permutation(people), [len(people) // 2])
+        cam_a, cam_b = splits.values()
+        return _checked(Trial(name, f"{len(train)}/{len(test)} single-shot", number,
+                              train=_join([_of(cam_a, train), _of(cam_b, train)]),
+                              query=_of(cam_a, test), gallery=_of(cam_b, test), incomplete=incomplete))
+    return Protocol(VIPER_TRIALS, trial)
+
+
+def _grid(name: str, data: ml_collections.ConfigDict) -> Protocol:
+    """The 10 official partitions; the gallery has the test identities and all distractors (Loy et al., 2009)."""
+    splits = datasets.load(name, ("probe", "gallery"), data.data_dir)
+    partitions = datasets.metadata(name, data.data_dir)["partitions"]
+    incomplete = _incomplete(name, data)
+
+    def trial(number: int) -> Trial:
+        train, test = partitions[number]["train"], partitions[number]["test"]
+        probe, gallery = splits.values()
+        return _checked(Trial(name, f"{len(train)}/{len(test)} single-shot", number,
+                              train=_join([_of(probe, train), _of(gallery, train)]),
+                              query=_of(probe, test), gallery=_of(gallery, [*test, DISTRACTOR]),
+                              incomplete=incomplete))
+    return Protocol(len(partitions), trial)
+
+
+def _cuhk03(name: str, data: ml_collections.ConfigDict) -> Protocol:
+    """20 single-shot trials (Li et al., 2014), or the 767/700 split (Zhong et al., 2017), by `data.cuhk03_protocol`."""
+    if data.cuhk03_protocol not in CUHK03_PROTOCOLS:
+        raise UserError(f"data.cuhk03_protocol={data.cuhk03_protocol!r} is unknown; known are "
+                        f"{', '.join(CUHK03_PROTOCOLS)}")
+    if data.cuhk03_train_identities not in CUHK03_TRAIN_IDENTITIES:
+        raise UserError(f"data.cuhk03_train_identities={data.cuhk03_train_identities} is unknown; known are "
+                        "1367, all but the test identities, and 1260, those of camera pairs 1 to 3 alone")
+    if name == "cuhk03":
+        raise UserError("data.name='cuhk03' does not say whose boxes: give cuhk03/labeled or cuhk03/detected")
+    crops = datasets.load(name, ("crops",), data.data_dir)["crops"]
+    metadata, incomplete = datasets.metadata(name, data.data_dir), _incomplete(name, data)
+
+    if data.cuhk03_protocol == "767/700":
+        lists = metadata["new_protocol"]
+        if lists is None:
+            raise UserError(f"{name} was prepared without the lists of the 767/700 protocol; put them beside "
+                            "cuhk-03.mat and prepare it again with --overwrite")
+        rows = {image: row for row, image in enumerate(crops.names)}
+        parts = {part: crops.select(np.array([rows[image] for image in images])) for part, images in lists.items()}
+        return Protocol(1, lambda number: _checked(Trial(name, "767/700", number, **parts, incomplete=incomplete)))
+
+    testsets = metadata["testsets"]
+    in_first_pairs = crops.cameras <= 6 if data.cuhk03_train_identities == 1_260 else np.ones(len(crops), bool)
+
+    def trial(number: int) -> Trial:
+        tested = np.isin(crops.identities, testsets[number])
+        view_1 = crops.cameras % 2 == 1
+        train = crops.select(np.flatnonzero(~tested & in_first_pairs))
+        return _checked(Trial(
+            name, f"{len(np.unique(train.identities))}/{len(testsets[number])} single-shot", number, train=train,
+            query=crops.select(np.flatnonzero(tested & view_1)), gallery=crops.select(np.flatnonzero(tested & ~view_1)),
+            single_gallery_shot=True, incomplete=incomplete))
+    return Protocol(len(testsets), trial)
+
+
+def _imagenet(name: str, data: ml_collections.ConfigDict) -> Protocol:
+    """Classification: the data set's own training and validation images."""
+    splits = datasets.load(name, ("train", "validation"), data.data_dir)
+    incomplete = _incomplete(name, data)
+    return Protocol(1, lambda number: Trial(name, "classification", number, **splits, incomplete=incomplete))
+
+
+def _union(name: str, data: ml_collections.ConfigDict) -> Protocol:
+    """All people of several data sets, without distractors and junk, in one training set."""
+    names = name.split("+")
+    repeated = [one for one, number in Counter(map(namespace, names)).items() if number > 1]
+    if repeated:
+        raise UserError(f"data.name={name!r} has the people of {first_few(repeated)} more than once")
+    wholes, offsets, end, incomplete = [], {}, 0, []
+    for one in names:
+        splits = datasets.load(one, _PEOPLE_SPLITS.get(namespace(one), ("train", "query", "gallery")), data.data_dir)
+        whole = _join(splits.values())
+        whole = whole.select(np.flatnonzero(whole.identities > DISTRACTOR))
+        offsets[one] = end
+        wholes.append(dataclasses.replace(whole, identities=whole.identities + end))
+        end = int(wholes[-1].identities.max())
+        if missing := _incomplete(one, data):
+            incomplete.append(f"{one}: {missing}")
+    train = dataclasses.replace(_join(wholes), dataset=name)
+    trial = Trial(name, "all identities", train=train, offsets=offsets, incomplete="; ".join(incomplete))
+    return Protocol(1, lambda number: trial)
+
+
+_PROTOCOLS = {"cuhk03": _cuhk03, "grid": _grid, "imagenet2012": _imagenet, "tiny_imagenet": _imagenet,
+              "viper": _viper}
+
+# The splits that have all images of a data set's people, where these are not train, query and gallery.
+_PEOPLE_SPLITS = {"cuhk03": ("crops",), "grid": ("probe", "gallery"), "viper": ("cam_a", "cam_b")}
+
+
+def namespace(dataset: str) -> str:
+    """Data sets with the same people have the same one: CUHK03's two annotations are of one crowd."""
+    return "cuhk03" if dataset.startswith("cuhk03/") else dataset
+
+
+def label_map(trial: Trial, parent: dict[str, Any] | None) -> dict[str, Any]:
+    """What label_map.json has: the people a run is trained on, and those of the run that its weights come from."""
+    return {"dataset": trial.dataset, "fingerprint": trial.train.fingerprint(), "identities": trial.people(),
+            "init_from": parent}
+
+
+def refuse_trained_on(trial: Trial, trained: dict[str, Any] | None) -> None:
+    """A UserError if a run with label map `trained`, or one that it started from, saw test identities of `trial`."""
+    if trial.query is None:
+        return
+    tested = set(trial.query.identities.tolist())
+    while trained is not None:
+        seen = {identity for dataset, identities in trained["identities"].items()
+                if namespace(dataset) == namespace(trial.dataset) for identity in identities}
+        if both := sorted(tested & seen):
+            raise UserError(
+                f"{len(both)} of the {len(tested)} test identities of {trial.dataset}, trial {trial.number} "
+                f"(such as {both[0]}), were trained on with {trained['dataset']}: the result would mean nothing; "
+                "evaluate on other people, or start from a run that has not seen these")
+        trained = trained["init_from"]
+
+
+def _incomplete(name: str, data: ml_collections.ConfigDict) -> str:
+    return datasets.metadata(name, data.data_dir).get("incomplete", "")
+
+
+def _of(split: Split, identities: Sequence[int]) -> Split:
+    return split.select(np.flatnonzero(np.isin(split.identities, identities)))
+
+
+def _join(splits: Iterable[Split]) -> Split:
+    splits = list(splits)
+    return Split(splits[0].dataset, [image for split in splits for image in split.images],
+                 *(np.concatenate([getattr(split, field) for split in splits])
+                   for field in ("identities", "cameras", "names")))
+
+
+def _person_cameras(split: Split) -> list[tuple[int, int]]:
+    return list(zip(split.identities.tolist(), split.cameras.tolist(), strict=True))
+
+
+def _in(values: Iterable[Any], others: Iterable[Any]) -> list[bool]:
+    others = set(others)
+    return [value in others for value in values]
+
+
+def _checked(trial: Trial) -> Trial:
+    """The trial, unless its splits cannot be those of a protocol."""
+    advice = f"prepare {trial.dataset} again from the original files"
+    parts = {part: split for part in ("train", "query", "gallery") if (split := getattr(trial, part)) is not None}
+    for part, split in parts.items():
         if not len(split):
-            raise UserError(f"the {name} split of {data.name} is empty; prepare the data set again")
-    if splits["train"].identities.min() <= DISTRACTOR:
-        raise UserError(f"the train split of {data.name} has junk or distractors in it; prepare the data set again")
-    shared = np.intersect1d(splits["train"].identities, splits["query"].identities)
-    if len(shared):
-        raise UserError(f"{len(shared)} test identities of {data.name}, such as {shared[0]}, are training identities "
-                        "too: the result would mean nothing; prepare the data set again from the original files")
-    return Protocol("single-query", splits["train"], splits["query"], splits["gallery"])
+            raise UserError(f"the {part} split of {trial.dataset} is empty; {advice}")
+        if part != "gallery" and split.identities.min() <= DISTRACTOR:
+            raise UserError(f"the {part} split of {trial.dataset} has junk or distractors in it; {advice}")
+    if "query" in parts and "gallery" not in parts or "gallery" in parts and "query" not in parts:
+        raise UserError(f"{trial.dataset} has {'no gallery' if 'query' in parts else 'a gallery but no queries'}; "
+                        f"{advice}")
+    if "query" not in parts:
+        return trial
+    if "train" in parts:
+        shared = np.intersect1d(trial.train.identities, trial.query.identities)
+        if len(shared):
+            raise UserError(f"{len(shared)} test identities of {trial.dataset}, such as {shared[0]}, are training "
+                            f"identities too: the result would mean nothing; {advice}")
+    unmatched = list(_without_match(trial.query, trial.gallery))
+    if len(unmatched) == len(trial.query) or unmatched and not trial.incomplete:
+        cameras = np.unique(np.concatenate([trial.query.cameras, trial.gallery.cameras]))
+        cause = f" (all images have camera {cameras[0]})" if len(cameras) == 1 else ""
+        raise UserError(f"{len(unmatched)} of {len(trial.query)} queries of {trial.dataset}, trial {trial.number}, "
+                        f"have no image of the same person from another camera in the gallery{cause}: "
+                        f"{first_few(unmatched)}; {advice}")
+    return trial
+
+
+def _without_match(query: Split, gallery: Split) -> Iterator[str]:
+    images, same_camera = Counter(gallery.identities.tolist()), Counter(_person_cameras(gallery))
+    for name, (person, camera) in zip(query.names, _person_cameras(query), strict=True):
+        if images[person] == same_camera[person, camera]:
+            yield name

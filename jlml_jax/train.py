@@ -1,14 +1,14 @@
 """The loop: build the state, step, log, checkpoint, evaluate."""
 
 import collections
+import dataclasses
 import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,28 @@ from jlml_jax import (
     provenance,
     sampling,
 )
-from jlml_jax.checkpoints import Checkpoints, claim_workdir, write_atomically
+from jlml_jax.checkpoints import (
+    Checkpoints,
+    SavedRun,
+    claim_workdir,
+    has_checkpoint,
+    load_label_map,
+    load_run,
+    refuse_other_network,
+    write_atomically,
+)
+from jlml_jax.datasets.base import Split
 from jlml_jax.device_data import DeviceData
 from jlml_jax.errors import UserError
 from jlml_jax.logs import TrainingLog
-from jlml_jax.models import build_model, check_input_size, init_variables
+from jlml_jax.models import build_model, check_input_size, init_variables, is_identity_layer
 from jlml_jax.parallel import BATCH_AXIS
-from jlml_jax.protocols import Protocol
+from jlml_jax.protocols import Trial, namespace
+from jlml_jax.stopping import StopRequest
 
 MODES = ("train_and_evaluate", "train", "evaluate")
+RESULTS = "results.json"
+PAPER_DATASETS = ("cuhk03", "grid", "market1501", "viper")
 
 # Steps given to the device before the oldest one's metrics are fetched: it never waits for the host.
 STEPS_AHEAD = 2
@@ -62,9 +75,12 @@ Batch = DeviceData | tuple[jax.Array, jax.Array]  # a data set to draw from, or 
 
 
 def init_state(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,
-               mesh: Mesh) -> TrainState:
-    """The state before the first step, replicated over the mesh."""
+               mesh: Mesh, initial: SavedRun | None = None) -> TrainState:
+    """The state before the first step, replicated over the mesh; all but the identity layers from `initial`."""
     variables = init_variables(model, config.seed, config.data.height, config.data.width)
+    if initial:
+        taken = {name: layer for name, layer in initial.variables["params"].items() if not is_identity_layer(name)}
+        variables = {"params": variables["params"] | taken, "batch_stats": initial.variables["batch_stats"]}
     state = TrainState(np.zeros((), np.int32), variables["params"], variables["batch_stats"],
                        optimizer.init(variables["params"]))
     return parallel.replicate(state, mesh)
@@ -133,14 +149,34 @@ def choose_loader(config: ml_collections.ConfigDict, num_images: int, mesh: Mesh
     return "device" if needed <= memory / 3 else "tf_data"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One trial's run, checked but not begun."""
+
+    asked: ml_collections.ConfigDict  # as given
+    config: ml_collections.ConfigDict  # with data.loader resolved
+    workdir: Path
+    trial: Trial
+    others: list[list[Trial]]  # for each data set of evaluate.datasets, its trials
+    mesh: Mesh
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    initial: SavedRun | None  # the run whose weights to start from, unless this one has a checkpoint
+    label_map: dict[str, Any]
+    source: dict[str, Any]  # provenance so far
+
+
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
                        mode: str = "train_and_evaluate") -> list[dict[str, Any]]:
     """Trains the run of `config` in `workdir`, resuming where it stands, and evaluates it.
 
+    Where the protocol has several trials, each has a folder of its own in `workdir`, such as trial-03, and
+    `workdir`/results.json has the rows of all that have been evaluated so far, and their means.
+
     Returns the rows that it writes to `results.json` (none with mode="train"). mode="evaluate" takes the run's latest
     checkpoint. Raises UserError for what the caller can mend.
     """
-    started, source = time.perf_counter(), provenance.collect()
+    source = provenance.collect()
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown; known are {', '.join(MODES)}")
     if config.compilation_cache:
@@ -150,47 +186,91 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
     parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
     check_input_size(config.data.height, config.data.width, config.model.num_strips)
-    evaluate.check_normalize(config.evaluate.normalize)
+    evaluate.check_fields(config.evaluate)
 
-    protocol = protocols.load(config.data)
-    identities = protocol.identities()
-    loader = choose_loader(config, len(protocol.train), mesh)
-    sampling.steps_per_epoch(len(protocol.train), config.train.batch_size)  # refuses too large a batch
-    model = build_model(config, len(identities))
-    optimizer = optim.make_optimizer(config.optim, config.train.steps)
-    if mode == "evaluate" and not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} has no run to evaluate; train it first, or give --workdir of a trained run")
-    fingerprint = protocol.train.fingerprint()
-    claim_workdir(workdir, config, {"dataset": config.data.name, "fingerprint": fingerprint,
-                                    "identities": identities.tolist()})
+    protocol = protocols.load(config.data.name, config.data)
+    others = [protocols.tests(name, config.data) for name in config.evaluate.datasets.split(",") if name]
+    runs = []
+    for number in protocol.numbers(config.data.trials):
+        of_trial = config.copy_and_resolve_references()
+        of_trial.data.trials = str(number)
+        folder = workdir / f"trial-{number:02d}" if protocol.num_trials > 1 else workdir
+        runs.append(_check_run(of_trial, folder, protocol.trial(number), others, mesh, mode, source))
+    if protocol.num_trials > 1:
+        claim_workdir(workdir, config)
+    print_model(runs[0].model, config)
+    rows = [row for run in runs for row in _go(run, mode)]
+    if protocol.num_trials > 1 and mode != "train":
+        rows = _collect_trials(workdir, source)
+    return rows
+
+
+def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, others: list[list[Trial]], mesh: Mesh,
+               mode: str, source: dict[str, Any]) -> _Run:
+    """All that can be wrong is told before the first step of the first trial, and before anything is written."""
+    begun = has_checkpoint(workdir)
+    if mode == "evaluate" and not begun:
+        raise UserError(f"{workdir} has no checkpoint to evaluate; train it first, or give --workdir of a trained run")
+    if trial.train is None:
+        raise UserError(f"{trial.dataset} has no training images; evaluate a run trained on others with "
+                        f"--config.evaluate.datasets={trial.dataset}")
+    asked = config
     config = config.copy_and_resolve_references()
-    config.data.loader = loader
-    print_model(model, config)
-    print(f"{config.data.name}: {len(protocol.train)} training images of {len(identities)} identities, "
-          f"{len(protocol.query)} queries, {len(protocol.gallery)} gallery images; run {workdir}; "
-          f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s); loader {config.data.loader}", flush=True)
+    config.data.loader = choose_loader(config, len(trial.train), mesh)
+    sampling.steps_per_epoch(len(trial.train), config.train.batch_size)  # refuses too large a batch
+    model = build_model(config, len(trial.identities()))
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
+    initial = load_run(config.init_from) if config.init_from and not begun else None
+    if initial:
+        refuse_other_network(initial, config)
+    parent = load_label_map(workdir)["init_from"] if begun else initial.label_map if initial else None
+    label_map = protocols.label_map(trial, parent)
+    for test in [trial, *(test for tests in others for test in tests)]:
+        protocols.refuse_trained_on(test, label_map)
+    return _Run(asked, config, workdir, trial, others, mesh, model, optimizer, initial, label_map, source)
 
-    state = init_state(config, model, optimizer, mesh)
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+
+def _go(run: _Run, mode: str) -> list[dict[str, Any]]:
+    started = time.perf_counter()
+    claim_workdir(run.workdir, run.asked, run.label_map)
+    _announce(run)
+    state = init_state(run.config, run.model, run.optimizer, run.mesh, run.initial)
+    checkpoints = Checkpoints(run.workdir, run.config.keep_checkpoints)
     try:
         progress = {"interval": {}}
         if checkpoints.latest_step() is not None:
             state, progress = checkpoints.restore(state)
-        elif mode == "evaluate":
-            raise UserError(f"{workdir} has no checkpoint to evaluate; train it first")
         if mode != "evaluate":
-            state = _train(config, workdir, protocol, model, optimizer, mesh, checkpoints, state, progress)
+            state = _train(run, checkpoints, state, progress)
     finally:
         checkpoints.close()
     if mode == "train":
         return []
-    source |= {"seed": config.seed, "train_fingerprint": fingerprint}
-    return _evaluate(config, workdir, protocol, model, mesh, state, source, started)
+    return _evaluate(run, state, started)
 
 
-def _train(config: ml_collections.ConfigDict, workdir: Path, protocol: Protocol, model: nn.Module,
-           optimizer: optax.GradientTransformation, mesh: Mesh, checkpoints: Checkpoints, state: TrainState,
-           progress: dict[str, Any]) -> TrainState:
+def _announce(run: _Run) -> None:
+    trial, devices = run.trial, run.mesh.devices.flat
+    tests = "no test"
+    if trial.query is not None:
+        tests = f"{len(trial.query)} queries, {len(trial.gallery)} gallery images"
+    elif trial.validation is not None:
+        tests = f"{len(trial.validation)} validation images"
+    print(f"{trial.dataset}, {trial.protocol}: {len(trial.train)} training images of "
+          f"{len(trial.identities())} identities, {tests}; run {run.workdir}; "
+          f"{run.mesh.size} {devices[0].device_kind} device(s); loader {run.config.data.loader}", flush=True)
+    if trial.incomplete:
+        print(f"an incomplete or degraded copy of the data: {trial.incomplete}", flush=True)
+    if run.initial:
+        print(f"weights of {run.initial.workdir}, step {run.initial.step}, trained on "
+              f"{run.initial.label_map['dataset']}; the identity layers are new", flush=True)
+    elif trial.query is not None and run.label_map["init_from"] is None and namespace(trial.dataset) in PAPER_DATASETS:
+        print("no pre-trained weights were given, so the network starts from random ones (the paper pre-trains): give "
+              "a run's folder with --config.init_from, such as that of configs/imagenet.py", flush=True)
+
+
+def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]) -> TrainState:
+    config, workdir = run.config, run.workdir
     first_step, last_step = int(state.step), config.train.steps
     if first_step >= last_step:
         print(f"the run in {workdir} is finished: {first_step} steps", flush=True)
@@ -198,8 +278,8 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, protocol: Protocol,
     if first_step:
         print(f"resuming after step {first_step}", flush=True)
     from_device_data = config.data.loader == "device"
-    step = make_train_step(config, model, optimizer, mesh, from_device_data)
-    batches = _batches(config, protocol, mesh, first_step)
+    step = make_train_step(config, run.model, run.optimizer, run.mesh, from_device_data)
+    batches = _batches(run, first_step)
     schedule = optim.learning_rate_schedule(config.optim, last_step)
     log = TrainingLog(workdir, first_step, last_step, config.train.batch_size, progress["interval"])
     in_flight = collections.deque()
@@ -234,19 +314,19 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, protocol: Protocol,
     return state
 
 
-def _batches(config: ml_collections.ConfigDict, protocol: Protocol, mesh: Mesh, first_step: int) -> Iterator[Batch]:
+def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
     """What the step takes, step by step: the data set itself, or batches decoded by tf.data."""
-    data, batch_size, labels = config.data, config.train.batch_size, protocol.labels()
-    if config.data.loader == "device":
-        placed = device_data.place(protocol.train, labels, data.height, data.width, mesh)
+    data, train, images, labels = run.config.data, run.config.train, run.trial.train, run.trial.labels()
+    if data.loader == "device":
+        placed = device_data.place(images, labels, data.height, data.width, run.mesh)
         while True:
             yield placed
-    rows = parallel.process_slice(batch_size)
+    rows = parallel.process_slice(train.batch_size)
     indices = [batch[rows] for batch in sampling.training_batches(
-        config.seed, first_step, config.train.steps, len(protocol.train), batch_size)]
-    images = input_pipeline.decode_batches(protocol.train, iter(indices), data.height, data.width)
-    for batch, batch_images in zip(indices, images, strict=True):
-        yield parallel.shard_batch((batch_images, labels[batch].astype(np.int32)), mesh)
+        run.config.seed, first_step, train.steps, len(images), train.batch_size)]
+    decoded = input_pipeline.decode_batches(images, iter(indices), data.height, data.width)
+    for batch, batch_images in zip(indices, decoded, strict=True):
+        yield parallel.shard_batch((batch_images, labels[batch].astype(np.int32)), run.mesh)
 
 
 def _refuse_non_finite(done: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:
@@ -258,55 +338,60 @@ def _refuse_non_finite(done: int, metrics: dict[str, float], checkpoints: Checkp
                         + "; lower optim.learning_rate or the loss weights and train in another --workdir")
 
 
-class StopRequest:
-    """While entered, a first SIGTERM or SIGINT is only noted in `requested`; a second one acts at once."""
+def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, Any]]:
+    config, trial = run.config, run.trial
+    trained = {"params": state.params, "batch_stats": state.batch_stats}
 
-    requested: signal.Signals | None = None
+    forward = evaluate.make_forward(run.model, config.data, run.mesh)
 
-    def __enter__(self) -> "StopRequest":
-        self._handlers = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._handlers[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread, where Python allows no handlers
-                break
-        return self
-
-    def _note(self, number, _frame):
-        self.requested = signal.Signals(number)
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_):
-        self._restore()
-
-
-def _evaluate(config: ml_collections.ConfigDict, workdir: Path, protocol: Protocol, model: nn.Module, mesh: Mesh,
-              state: TrainState, source: dict[str, Any], started: float) -> list[dict[str, Any]]:
-    forward = evaluate.make_forward(model, config.data, mesh)
-
-    def features_of(variables):
-        return [evaluate.extract_features(forward, variables, split, config.data, config.evaluate.batch_size, mesh)
-                for split in (protocol.query, protocol.gallery)]
+    def extract(variables: Any, forward: evaluate.Forward = forward) -> Callable[[Split], evaluate.Features]:
+        return functools.partial(evaluate.extract_features, forward, variables, data=config.data,
+                                 batch_size=config.evaluate.batch_size, mesh=run.mesh)
 
     rows = []
-    if config.evaluate.baselines:
-        rows += evaluate.evaluate_baselines(protocol, config.data)
-        untrained = init_variables(model, config.seed, config.data.height, config.data.width)
-        joint = evaluate.evaluate_features(protocol, *features_of(untrained), config.evaluate)[-1]
-        rows.append(joint | {"feature": "untrained network"})
-    query, gallery = features_of({"params": state.params, "batch_stats": state.batch_stats})
-    rows += evaluate.evaluate_features(protocol, query, gallery, config.evaluate)
-    print(evaluate.format_rows(rows), flush=True)
-    if jax.process_index() == 0:
-        source |= {"steps": int(state.step), "wall_time_seconds": round(time.perf_counter() - started, 1)}
-        write_atomically(workdir / "results.json", json.dumps({"rows": rows, "provenance": source}, indent=1))
-        if config.evaluate.picture:
-            joint = [list(evaluate.matching_features(features, config.evaluate.normalize).values())[-1]
-                     for features in (query, gallery)]
-            pictures.ranked_lists(protocol, *joint, workdir / "ranked.png")
-        print(f"results in {workdir / 'results.json'}", flush=True)
+    if trial.validation is not None:
+        logits = evaluate.make_forward(run.model, config.data, run.mesh, "logits")
+        rows += evaluate.evaluate_validation(trial, extract(trained, logits)(trial.validation))
+    if trial.query is not None:
+        features = evaluate.FeatureCache(extract(trained))
+        if config.evaluate.baselines:
+            rows += evaluate.evaluate_baselines(trial, config.data)
+            untrained = extract(init_variables(run.model, config.seed, config.data.height, config.data.width))
+            single_query = dataclasses.replace(trial, multi_query=None)
+            rows.append(evaluate.evaluate_trials([single_query], untrained, config.evaluate)[-1]
+                        | {"feature": "untrained network"})
+        rows += evaluate.evaluate_trials([trial], features, config.evaluate)
+        if config.evaluate.picture and jax.process_index() == 0:
+            joint = [list(evaluate.matching_features(features(split), config.evaluate.normalize).values())[-1]
+                     for split in (trial.query, trial.gallery)]
+            pictures.ranked_lists(trial, *joint, run.workdir / "ranked.png")
+    for tests in run.others:
+        rows += [row | {"trained_on": trial.dataset} for row in evaluate.evaluate_trials(
+            tests, evaluate.FeatureCache(extract(trained)), config.evaluate)]
+    if rows:
+        print(evaluate.format_rows(rows), flush=True)
+    else:
+        print(f"{trial.dataset} has no test; evaluate the run on other data sets with --config.evaluate.datasets",
+              flush=True)
+    source = run.source | {
+        "seed": config.seed, "steps": int(state.step), "train_fingerprint": run.label_map["fingerprint"],
+        "wall_time_seconds": round(time.perf_counter() - started, 1)}
+    _write_results(run.workdir, rows, source)
     return rows
+
+
+def _write_results(workdir: Path, rows: list[dict[str, Any]], source: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        write_atomically(workdir / RESULTS, json.dumps({"rows": rows, "provenance": source}, indent=1))
+        print(f"results in {workdir / RESULTS}", flush=True)
+
+
+def _collect_trials(workdir: Path, source: dict[str, Any]) -> list[dict[str, Any]]:
+    """Writes the results of all trials evaluated so far, and their means, into the folder that they are in."""
+    rows = [row for path in sorted(workdir.glob(f"trial-*/{RESULTS}"))
+            for row in json.loads(path.read_text())["rows"] if "trained_on" not in row]
+    means = evaluate.mean_rows(rows)
+    if means:
+        print(evaluate.format_rows(means), flush=True)
+    _write_results(workdir, rows + means, source)
+    return rows + means

@@ -13,7 +13,7 @@ from jlml_jax.augment import normalise
 from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError
 from jlml_jax.models import JLML, init_variables
-from jlml_jax.protocols import Protocol
+from jlml_jax.protocols import Trial
 
 FIELDS = {"dataset", "protocol", "trial", "feature", "normalize", "rank1", "rank5", "rank10", "rank20", "mean_ap",
           "mean_ap_trapezoid", "mean_inp", "num_queries", "num_gallery"}  # DESIGN.md, section 7
@@ -148,7 +148,7 @@ def test_an_unknown_normalisation_is_refused(features):
 # --- rows
 
 @pytest.fixture(scope="module")
-def protocol():
+def trial():
     """Ten persons, a colour each: 20 queries from cameras 1 and 2; 30 gallery images, 5 distractors, 4 junk."""
     rng = np.random.default_rng(0)
     colors = rng.integers(0, 256, (13, 3))
@@ -159,18 +159,20 @@ def protocol():
 
     persons = np.arange(1, 11)
     gallery = np.concatenate([np.tile(persons, 3), np.zeros(5), -np.ones(4)]).astype(int)
-    return Protocol("single-query", train=split(np.array([11, 12]), [1, 2]),
+    return Trial("test", "single-query", train=split(np.array([11, 12]), [1, 2]),
                     query=split(np.tile(persons, 2), np.repeat([1, 2], 10)),
                     gallery=split(gallery, [*np.repeat([1, 2, 3], 10), *[3] * 9]))
 
 
-def test_rows_have_the_fields_of_results_json(protocol):
+def test_rows_have_the_fields_of_results_json(trial):
     config = default.get_config().evaluate
     config.normalize, config.max_rank = "per_branch", 5  # fewer than the ranks reported
     rng = np.random.default_rng(0)
-    query, gallery = ({"global": rng.normal(size=(len(split), 4)), "local": rng.normal(size=(len(split), 6))}
-                      for split in (protocol.query, protocol.gallery))
-    rows = evaluate.evaluate_features(protocol, query, gallery, config)
+
+    def extract(split):
+        return {"global": rng.normal(size=(len(split), 4)), "local": rng.normal(size=(len(split), 6))}
+
+    rows = evaluate.evaluate_trials([trial], extract, config)
     assert [row["feature"] for row in rows] == ["global", "local", "joint"]
     for row in rows:
         assert row.keys() == FIELDS
@@ -181,22 +183,21 @@ def test_rows_have_the_fields_of_results_json(protocol):
         assert (row["num_queries"], row["num_gallery"]) == (20, 39)
 
 
-def test_features_that_tell_persons_apart_score_one(protocol):
+def test_features_that_tell_persons_apart_score_one(trial):
     def one_hot(split):
         return {"local": np.eye(12)[split.identities + 1] * 5}
 
-    query, gallery = one_hot(protocol.query), one_hot(protocol.gallery)
-    row, = evaluate.evaluate_features(protocol, query, gallery, default.get_config().evaluate)
+    row, = evaluate.evaluate_trials([trial], one_hot, default.get_config().evaluate)
     assert row["feature"] == "local" and all(row[field] == 1 for field in FRACTIONS)
     table = evaluate.format_rows([row])
     assert "single-query" in table and "20 queries" in table and "39 gallery" in table
     assert table.splitlines()[-1].split() == ["local"] + ["100.0"] * 7
 
 
-def test_chance_is_near_its_expectation_and_a_colour_histogram_above_it(protocol):
+def test_chance_is_near_its_expectation_and_a_colour_histogram_above_it(trial):
     data = default.get_config().data
     data.height, data.width = 32, 16
-    chance, histogram = evaluate.evaluate_baselines(protocol, data)
+    chance, histogram = evaluate.evaluate_baselines(trial, data)
     assert chance["feature"] == "chance" and chance.keys() == histogram.keys() == FIELDS
     counted, right = 30 - 1 + 5, 2  # without junk and the query's own camera
     for rank in (1, 5, 10, 20):
@@ -223,7 +224,8 @@ def hand_made():
     query = split_of(plain((10, 20, 30), (40, 50, 60)), [1, 2], [1, 1])
     gallery = split_of(plain((1, 1, 1), (2, 2, 2), (100, 0, 0), (0, 100, 0), (0, 0, 100)),
                        [1, -1, 2, 1, 0], [1, 2, 2, 2, 3])
-    return Protocol("test", query, query, gallery), np.array([[0.0], [9.0]]), np.array([[0.0], [0.1], [1], [2], [3]])
+    trial = Trial("test", "single-query", query=query, gallery=gallery)
+    return trial, np.array([[0.0], [9.0]]), np.array([[0.0], [0.1], [1], [2], [3]])
 
 
 def frames(path, rows, row):
@@ -266,8 +268,8 @@ def test_crops_of_a_picture_are_where_they_belong(tmp_path):
     crop[:16, :8] = (0, 0, 200)
     split = split_of([crop], [1], [1])
     gallery = dataclasses.replace(split, cameras=np.array([2]))
-    pictures.ranked_lists(Protocol("test", split, split, gallery), np.zeros((1, 2)), np.zeros((1, 2)),
-                          tmp_path / "one.png")
+    pictures.ranked_lists(Trial("test", "single-query", query=split, gallery=gallery), np.zeros((1, 2)),
+                          np.zeros((1, 2)), tmp_path / "one.png")
     sheet = np.asarray(Image.open(tmp_path / "one.png"))
     blue = np.argwhere((sheet == (0, 0, 200)).all(axis=2))
     red = np.argwhere((sheet == (200, 0, 0)).all(axis=2))

@@ -30,7 +30,7 @@ def lines_of(workdir):
 
 def final_state(config, workdir):
     """The arrays of the run's last checkpoint, by path."""
-    protocol = protocols.load(config.data)
+    protocol = protocols.load(config.data.name, config.data).trial(0)
     model = models.build_model(config, len(protocol.identities()))
     mesh = parallel.make_mesh(jax.devices()[:1])
     state = train.init_state(config, model, optim.make_optimizer(config.optim, config.train.steps), mesh)
@@ -53,7 +53,7 @@ class Parts:
 
     def __init__(self, config, count):
         self.config, self.mesh = config, parallel.make_mesh(jax.devices()[:count])
-        self.protocol = protocols.load(config.data)
+        self.protocol = protocols.load(config.data.name, config.data).trial(0)
         self.model = models.build_model(config, len(self.protocol.identities()))
         self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
         self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
@@ -259,7 +259,7 @@ def test_another_config_is_refused_by_its_fields(tiny_config, tmp_path):
 def test_other_data_are_refused(tiny_config, tmp_path):
     train_and_evaluate(tiny_config, tmp_path / "run", "train")
     labels = json.loads((tmp_path / "run" / "label_map.json").read_text())
-    assert labels["dataset"] == "market1501" and len(labels["identities"]) == 4
+    assert labels["dataset"] == "market1501" and labels["identities"] == {"market1501": [2, 4, 6, 8]}
     (tmp_path / "run" / "label_map.json").write_text(json.dumps(labels | {"fingerprint": "0"}))
     with pytest.raises(UserError, match="trained on another version of market1501"):
         train_and_evaluate(tiny_config, tmp_path / "run")
@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
     ("train.batch_size", 4000, "larger than the training set"),
     ("data.height", 30, "data.height=30: half of it does not divide by model.num_strips=2"),
     ("data.name", "market1502", "unknown data set 'market1502'"),
-    ("data.name", "viper", "data.name='viper' can be prepared, but its protocol is not there yet"),
+    ("data.trials", "1", "data.trials='1' is not among the trials, 0 to 0"),
     ("data.loader", "torch", "data.loader='torch' is unknown"),
     ("model.loss", "triplet", "model.loss='triplet' is unknown"),
     ("optim.schedule", "poly", "optim.schedule='poly' is unknown"),
@@ -318,7 +318,7 @@ def test_data_that_are_not_prepared_are_named_with_the_command(tiny_config, tmp_
 
 
 def test_evaluating_nothing_is_refused(tiny_config, tmp_path):
-    with pytest.raises(UserError, match="has no run to evaluate"):
+    with pytest.raises(UserError, match="has no checkpoint to evaluate"):
         train_and_evaluate(tiny_config, tmp_path / "run", "evaluate")
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -35,13 +36,28 @@ def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
 
 
 def load(name: str, splits: tuple[str, ...], data_dir: str | None = None) -> dict[str, Split]:
-    """Splits of a prepared data set, in memory. A data set that is drawn, not downloaded, is drawn if need be."""
+    """Those of `splits` that a prepared data set has. A data set that is drawn, not downloaded, is drawn if need be."""
+    dataset = _prepared(name, data_dir)
+    return {split: load_split(dataset, split) for split in splits if split in dataset.info.splits}
+
+
+def metadata(name: str, data_dir: str | None = None) -> dict[str, Any]:
+    """What a prepared data set holds besides images: lists that its protocols need, as its builder's docstring says.
+
+    `incomplete`, only there if the original files were not those published, says in words for people in what: "resized
+    to 64x128; train has 12,000 images instead of 12,936".
+    """
+    return dict(_prepared(name, data_dir).info.metadata or {})
+
+
+def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     dataset = builder(name, data_dir)
     if not dataset.is_prepared():
         if not getattr(dataset, "DRAWN", False):
-            raise UserError(f"{name} is not prepared in {dataset.data_dir_root}: run "
+            fetch = " ".join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+            raise UserError(f"{name} is not prepared in {dataset.data_dir_root}. {fetch} Then run "
                             f"python -m jlml_jax.prepare {name} --source=FOLDER_OF_THE_ORIGINAL_FILES "
                             f"--data_dir={dataset.data_dir_root}")
         print(f"drawing {name} into {dataset.data_dir}", flush=True)
         dataset.build()
-    return {split: load_split(dataset, split) for split in splits}
+    return dataset
