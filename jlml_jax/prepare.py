@@ -4,8 +4,7 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import DISTRACTOR, JUNK, Crop, decode_image, first_few
+from jlml_jax.datasets.base import Crop, count, decode_image, first_few
 from jlml_jax.errors import UserError, exit_status
 
 _EXAMPLE = """example:
@@ -22,32 +21,14 @@ _EXAMPLE = """example:
 """
 
 
-def count(crops: Iterable[Crop]) -> dict[str, int]:
-    """Counts of a split: images, identities (persons alone), cameras, distractors, junk."""
-    identities = Counter(crop.identity for crop in crops)
-    return {
-        "images": identities.total(),
-        "identities": sum(identity > 0 for identity in identities),
-        "cameras": len({crop.camera for crop in crops}),
-        "distractors": identities[DISTRACTOR],
-        "junk": identities[JUNK],
-    }
-
-
-def check_counts(splits: dict[str, list[Crop]], expected: dict[str, dict[str, int]], source: Path) -> None:
-    """Prints published and found counts as a table; a UserError names those that differ."""
+def print_counts(splits: dict[str, list[Crop]], expected: dict[str, dict[str, int]]) -> None:
+    """Prints published and found counts as a table."""
     print(f"{'split':<12} {'count':<12} {'expected':>9} {'found':>9}")
-    wrong = []
     for split, crops in splits.items():
         for what, found in count(crops).items():
             published = expected[split].get(what, 0)
             if published or found:
                 print(f"{split:<12} {what:<12} {published:>9,} {found:>9,}{'  differs' * (found != published)}")
-            if found != published:
-                wrong.append(f"{split} has {found:,} {what} instead of {published:,}")
-    if wrong:
-        raise UserError(f"{source} does not hold the data set as published: {first_few(wrong, '; ')}; "
-                        "unpack or copy the original files again")
 
 
 def check_images(crops: Sequence[Crop], source: Path) -> int:
@@ -68,7 +49,7 @@ def check_images(crops: Sequence[Crop], source: Path) -> int:
     failures = [result for result in results if isinstance(result, str)]
     if failures:
         raise UserError(f"{len(failures)} of {len(crops):,} images in {source} are unreadable: "
-                        f"{first_few(failures, '; ')}")
+                        f"{first_few(failures, '; ')}; they must be removed first to build with --incomplete=WHY")
     print(f"all {len(crops):,} images decode")
     return sum(results)
 
@@ -87,7 +68,7 @@ def check_room(data_dir: Path, num_bytes: int) -> None:
 
 
 def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | None = None, *,
-            overwrite: bool = False) -> None:
+            overwrite: bool = False, incomplete: str | None = None) -> None:
     """Checks and builds data set `name`; does nothing if that is done already and `overwrite` is False.
 
     Args:
@@ -95,6 +76,8 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
         source: folder of the original files; None for a data set that is drawn.
         data_dir: where TFDS keeps data; its own default if None.
         overwrite: build anew, in place of what was built before.
+        incomplete: why the original files are known not to be those published, in one line: it is recorded, with the
+            counts that differ, in the metadata, and they do not stop the build.
 
     Raises:
         UserError: the original files are not those published, or `data_dir` cannot take the data.
@@ -103,10 +86,15 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
     drawn = getattr(dataset, "DRAWN", False)
     if drawn and source is not None:
         raise UserError(f"{name} is drawn, not read: leave out --source")
+    if drawn and incomplete is not None:
+        raise UserError(f"{name} is drawn, nothing of it can be missing: leave out --incomplete")
+    if incomplete is not None and len(incomplete.strip().splitlines()) != 1:
+        raise UserError("--incomplete needs one line that says why, such as --incomplete='resized to 64x128'")
     if not drawn and not source:
         raise UserError(f"{name} needs --source=FOLDER. {' '.join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())}")
     if dataset.is_prepared() and not overwrite:
         print(f"{name} is prepared already in {dataset.data_path} (--overwrite builds it anew)")
+        _tell_incomplete(name, data_dir)
         return
 
     root = Path(dataset.data_dir_root)
@@ -121,16 +109,26 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
         if originals.unexpected:
             print(f"{len(originals.unexpected)} files not of the data set are left out: "
                   f"{first_few(originals.unexpected, '; ')}")
-        for note in originals.notes:
+        for note in (*originals.notes, *originals.defects):
             print(note)
-        check_counts(originals.splits, dataset.EXPECTED, source)
+        print_counts(originals.splits, dataset.EXPECTED)
+        differences = dataset.differences(originals)
+        if differences and incomplete is None:
+            raise UserError(f"{source} does not hold the data set as published: {first_few(differences, '; ')}; unpack "
+                            "or copy the original files again, or build what is known to be incomplete with "
+                            "--incomplete=WHY")
+        if empty := [split for split, crops in originals.splits.items() if not crops]:
+            raise UserError(f"{source} has no images of {', '.join(empty)}; copy at least some of the original files")
         check_room(root, 0)  # before the minutes that decoding may take
         num_bytes = check_images([crop for crops in originals.splits.values() for crop in crops], source)
         check_room(root, int(1.1 * num_bytes))  # images as they are, plus annotation and index
 
     print(f"writing {dataset.data_path}")
     try:
-        dataset.build(source)
+        if drawn:
+            dataset.build()
+        else:
+            dataset.build(source, (incomplete or "").strip())
     except (OSError, RuntimeError) as error:
         # array_record tells of a full disk, and the like, as RuntimeError("... write() failed: No space left ...").
         if isinstance(error, RuntimeError) and "() failed: " not in str(error):
@@ -138,6 +136,12 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
         raise UserError(f"cannot write {dataset.data_path} ({error}); make room or give another --data_dir") from error
     print(f"{name} is prepared: " + ", ".join(f"{split} {info.num_examples:,}"
                                               for split, info in dataset.info.splits.items()))
+    _tell_incomplete(name, data_dir)
+
+
+def _tell_incomplete(name: str, data_dir: str | Path | None) -> None:
+    if incomplete := datasets.metadata(name, data_dir).get("incomplete"):
+        print(f"it is recorded as incomplete: {incomplete}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,11 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", metavar="DIR", help="where to keep the data (default: $TFDS_DATA_DIR, else "
                                                           "~/tensorflow_datasets)")
     parser.add_argument("--overwrite", action="store_true", help="build anew what is prepared already")
+    parser.add_argument("--incomplete", metavar="WHY", help="build a copy that is known to be incomplete or degraded; "
+                                                            "why, such as 'resized to 64x128', is recorded in it")
     options = parser.parse_args(arguments)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     return exit_status(lambda: prepare(options.dataset, options.source, options.data_dir,
-                                       overwrite=options.overwrite))
+                                       overwrite=options.overwrite, incomplete=options.incomplete))
 
 
 if __name__ == "__main__":

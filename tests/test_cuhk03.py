@@ -69,9 +69,8 @@ def test_both_configurations_hold_their_images_labels_and_lists(capsys, written,
             pixels = images[name].pixels
             assert split.images[index].startswith(b"\x89PNG")
             np.testing.assert_array_equal(split.select([index]).decode(*pixels.shape[:2])[0], pixels)
-        metadata = datasets.builder(f"cuhk03/{config}", tmp_path).info.metadata
-        assert metadata["testsets"] == miniature.testsets
-        assert metadata["new_protocol"] == miniature.new_protocol[config]
+        assert datasets.metadata(f"cuhk03/{config}", tmp_path) == {
+            "testsets": miniature.testsets, "new_protocol": miniature.new_protocol[config]}
 
 
 def test_identities_and_cameras_of_known_names(written, miniature):
@@ -99,7 +98,7 @@ def test_without_the_new_lists(capsys, original, tmp_path):
     (original / LIST).unlink()
     prepare.prepare("cuhk03/detected", original, tmp_path / "data")
     assert f"no {LIST} beside cuhk-03.mat: the 767/700 protocol is left out" in capsys.readouterr().out
-    metadata = datasets.builder("cuhk03/detected", tmp_path / "data").info.metadata
+    metadata = datasets.metadata("cuhk03/detected", tmp_path / "data")
     assert metadata["new_protocol"] is None
     assert len(metadata["testsets"]) == 20
 
@@ -183,16 +182,32 @@ def test_too_few_test_sets(change, refused, arguments):
     assert "has 19 test sets instead of 20" in refused(*arguments)
 
 
-def test_wrong_counts_and_lists_that_differ(change, refused, original, arguments):
+def test_missing_images(change, refused, original, miniature, arguments, tmp_path):
     def clear(file):
         cells = file[file["detected"][0, 0]]
         array = cells[:]
-        array[8, 0] = file["#refs#/x0"].ref
+        array[8, 0] = array[2, 1] = file["#refs#/x0"].ref  # 1_001_2_09.png, 1_002_1_03.png
         cells[...] = array
     change(clear)
-    assert "differ in 1 images (1_001_2_09.png of person 1);" in refused(*arguments)
-    (original / LIST).unlink()
-    assert "crops has 279 images instead of 280;" in refused(*arguments)
+    differences = ("1 people are in one of view 1 and view 2 alone and left out: detected{1}{2,8} of cuhk-03.mat; "
+                   f"{LIST} and cuhk-03.mat differ in 3 images: 1_001_2_09.png, 1_002_1_03.png, 1_002_2_08.png; "
+                   "crops has 277 images instead of 280")
+    assert f"does not hold the data set as published: {differences}; ...;" in refused(*arguments)
+
+    assert prepare.main([*arguments, "--incomplete=some were lost"]) == 0
+    split = datasets.load(arguments[0], ("crops",), tmp_path / "data")["crops"]
+    lost = {"1_001_2_09.png", "1_002_1_03.png", "1_002_2_08.png"}
+    assert split.names.tolist() == sorted(set(miniature.images["detected"]) - lost)
+    assert datasets.metadata(arguments[0], tmp_path / "data") == {
+        "testsets": miniature.testsets,
+        "new_protocol": {part: [name for name in names if name not in lost]
+                         for part, names in miniature.new_protocol["detected"].items()},
+        "incomplete": f"some were lost; {differences}; crops has 119 identities instead of 120"}
+
+
+def test_what_an_incomplete_copy_cannot_do_without(change, refused, arguments):
+    change(lambda file: file.move("testsets", "testset"))
+    assert "cuhk-03.mat has no testsets;" in refused(*arguments, "--incomplete=some were lost")
 
 
 def test_wrong_lists(refused, original, arguments):
@@ -206,7 +221,10 @@ def test_wrong_lists(refused, original, arguments):
     assert "does not part its 280 images" in refusal(query_idx=columns["query_idx"] - 1)  # as if 0-based
     assert "does not part its 280 images" in refusal(query_idx=columns["query_idx"][1:])
     assert "tests on training identities" in refusal(train_idx=columns["query_idx"], query_idx=columns["train_idx"])
-    assert "differ in" in refusal(labels=columns["labels"] + 1)
+    assert "have different people in 280 images (1_001_1_01.png, " in refusal(labels=columns["labels"] + 1)
+    twice = columns["filelist"].copy()
+    twice[1] = twice[0]
+    assert "does not part its 280 images" in refusal(filelist=twice)
     assert "not laid out as published" in refusal(labels=columns["labels"][1:])
     del columns["gallery_idx"]
     assert "has no gallery_idx" in refusal()

@@ -1,14 +1,9 @@
 """The GRID builder, on a miniature of the original layout."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.io
 from miniatures import write_grid, write_grid_partitions
-from test_prepare import WITHOUT_TENSORFLOW
 
 from jlml_jax import datasets, prepare
 from jlml_jax.datasets.grid import FOLDERS, PARTITIONS, ROOT, Grid
@@ -29,7 +24,7 @@ def arguments(original, tmp_path):
 
 
 def partitions(data_dir):
-    return datasets.builder("grid", data_dir).info.metadata["partitions"]
+    return datasets.metadata("grid", data_dir)["partitions"]
 
 
 def test_published_counts():
@@ -75,27 +70,19 @@ def test_a_struct_array_of_columns_is_read_too(original, tmp_path):
     assert [partition["train"] for partition in partitions(tmp_path)] == [sorted(order[:3]) for order in ORDERS]
 
 
-def test_builds_and_reads_without_tensorflow(original, tmp_path):
-    program = WITHOUT_TENSORFLOW + f"""
-from jlml_jax import datasets, prepare
-from jlml_jax.datasets.grid import Grid
-Grid.EXPECTED = {Grid.EXPECTED}
-status = prepare.main(["grid", "--source={original}", "--data_dir={tmp_path / 'data'}"])
-print(len(datasets.builder("grid", "{tmp_path / 'data'}").info.metadata["partitions"]), "tensorflow" in sys.modules)
-sys.exit(status)
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-                            cwd=Path(prepare.__file__).parents[1])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "10 False"
-
-
 def test_missing_files(refused, original, arguments):
     assert "is not a folder" in refused("grid", f"--source={original / 'no such'}", arguments[2])
     (original / PARTITIONS).unlink()
     assert f"lacks {PARTITIONS}; give the unpacked underground_reid" in refused(*arguments)
     (original / "probe").rename(original / "query")
     assert f"lacks probe/, {PARTITIONS};" in refused(*arguments)
+
+
+def test_another_archive(refused, original, arguments):
+    for path in original.glob("gallery/0000_*"):  # as where the distractors are an archive of their own
+        path.unlink()
+    error = refused(*arguments)
+    assert "gallery has 6 images instead of 9; gallery has 2 cameras instead of 3; gallery has 0 distractors" in error
 
 
 def test_damaged_partitions(refused, original, arguments):
@@ -131,11 +118,19 @@ def test_unparsable_names(refused, original, arguments):
     assert "gallery/0001_1_25004_107_32_106.jpeg, gallery/0001_9_25004_107_32_106_221.jpeg, " in error
 
 
-def test_wrong_counts(refused, original, arguments):
+def test_wrong_counts(refused, original, arguments, tmp_path):
     next((original / "gallery").glob("0000_*")).unlink()
     next((original / "probe").glob("0004_*")).unlink()
-    error = refused(*arguments)
-    assert "probe has 5 images instead of 6; probe has 5 identities instead of 6; gallery has 8 images" in error
+    alone = ("1 people are in one of probe and gallery alone and left out: "
+             "gallery/0004_6_904_9_107_32_160.jpeg; probe has 5 images instead of 6; ")
+    assert f"does not hold the data set as published: {alone}" in refused(*arguments)
+
+    assert prepare.main([*arguments, "--incomplete=some were lost"]) == 0
+    splits = datasets.load("grid", FOLDERS, tmp_path / "data")
+    assert [split.identities.tolist() for split in splits.values()] == [[1, 2, 3, 5, 6], [0, 0, 1, 2, 3, 5, 6]]
+    metadata = datasets.metadata("grid", tmp_path / "data")
+    assert metadata["incomplete"].startswith(f"some were lost; {alone}")
+    assert all(sorted(part["train"] + part["test"]) == [1, 2, 3, 4, 5, 6] for part in metadata["partitions"])
 
 
 def test_undecodable_image(refused, original, arguments, tmp_path):

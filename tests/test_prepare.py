@@ -1,4 +1,4 @@
-"""The prepare command, on a miniature Market-1501 and on a data set that is drawn."""
+"""The prepare command, on miniatures of the benchmarks and on a data set that is drawn."""
 
 import shutil
 import subprocess
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from market1501_miniature import write_market1501
+from miniatures import write_cuhk03, write_grid, write_viper
 from PIL import Image
 
 from jlml_jax import datasets, prepare
@@ -88,9 +89,10 @@ def test_done_already(capsys, original, data_dir):
     assert run(capsys, original, data_dir)[0] == 0
     version = data_dir / "market1501" / "1.0.0"
     before = (version / "dataset_info.json").stat().st_mtime_ns
-    status, out, err = run(capsys, original / "gone", data_dir)
+    status, out, err = run(capsys, original / "gone", data_dir, "--incomplete=by now")
     assert (status, err) == (0, "")
     assert "is prepared already in" in out
+    assert "incomplete" not in out
     assert (version / "dataset_info.json").stat().st_mtime_ns == before
 
     source = original.parent / "other"
@@ -124,9 +126,56 @@ def test_half_copied(capsys, original, data_dir):
         path.unlink()
     status, out, err = run(capsys, original, data_dir)
     assert_refused((status, out, err), str(original), "train has 9 images instead of 12",
-                   "train has 3 identities instead of 4", "query has 11 images instead of 12", "again")
+                   "train has 3 identities instead of 4", "query has 11 images instead of 12", "again", "--incomplete=")
     assert "train        identities           4         3  differs" in out.splitlines()
     assert not data_dir.exists()
+
+
+def test_a_copy_known_to_be_incomplete(capsys, original, data_dir):
+    for path in (original / "bounding_box_train").glob("0004_*"):
+        path.unlink()
+    status, out, err = run(capsys, original, data_dir, "--incomplete=resized to 64x128, JPEG twice")
+    assert (status, err) == (0, "")
+    assert "train        identities           4         3  differs" in out.splitlines()
+    recorded = ("resized to 64x128, JPEG twice; train has 9 images instead of 12; "
+                "train has 3 identities instead of 4")
+    assert out.splitlines()[-1] == f"it is recorded as incomplete: {recorded}"
+    assert datasets.metadata("market1501", data_dir) == {"incomplete": recorded}
+    assert len(datasets.load("market1501", ("train",), data_dir)["train"]) == 9
+
+    status, out, _ = run(capsys, original, data_dir, "--incomplete=anything else")
+    assert status == 0
+    assert "is prepared already in" in out
+    assert out.splitlines()[-1] == f"it is recorded as incomplete: {recorded}"
+
+    write_market1501(original.parent / "whole", images_per_camera=1)
+    status, out, _ = run(capsys, original.parent / "whole", data_dir, "--overwrite")
+    assert status == 0
+    assert "incomplete" not in out
+    assert datasets.metadata("market1501", data_dir) == {}
+
+
+def test_a_degraded_copy_with_the_right_counts(capsys, original, data_dir):
+    assert run(capsys, original, data_dir, "--incomplete= resized to 64x128 ")[0] == 0
+    assert datasets.metadata("market1501", data_dir) == {"incomplete": "resized to 64x128"}
+
+
+@pytest.mark.parametrize("why", ["", "  ", "lost\nand more lost"])
+def test_incomplete_without_a_reason(capsys, original, data_dir, why):
+    assert_refused(run(capsys, original, data_dir, f"--incomplete={why}"), "--incomplete needs one line")
+    assert not data_dir.exists()
+
+
+def test_what_an_incomplete_copy_cannot_do_without(capsys, original, data_dir):
+    flag = "--incomplete=some were lost"
+    (original / "query" / "0001_c2s1_000100_00.jpg").write_bytes(b"")
+    assert_refused(run(capsys, original, data_dir, flag), "1 of 65 images", "must be removed first")
+    (original / "query" / "0001_c1.jpg").touch()
+    assert_refused(run(capsys, original, data_dir, flag), "1 image names", "query/0001_c1.jpg")
+    for path in (original / "query").iterdir():
+        path.unlink()
+    assert_refused(run(capsys, original, data_dir, flag), "has no images of query")
+    assert not Market1501(data_dir=data_dir).is_prepared()
 
 
 def test_junk_where_none_is_published(capsys, original, data_dir):
@@ -208,21 +257,48 @@ prepare.main(arguments)
     assert len(datasets.load("market1501", ("train",), data_dir)["train"]) == 12
 
 
-def test_builds_and_reads_without_tensorflow(original, data_dir):
-    result = run_program("""
+def test_all_build_and_read_without_tensorflow(tmp_path, data_dir):
+    """TFRecord is the exception, which TensorFlow alone reads."""
+    sources = {"market1501": tmp_path / "market", "viper": tmp_path / "viper", "grid": tmp_path / "grid",
+               "cuhk03/labeled": tmp_path / "cuhk03", "cuhk03/detected": tmp_path / "cuhk03"}
+    write_market1501(sources["market1501"], images_per_camera=1)
+    write_viper(sources["viper"])
+    grid_counts = write_grid(sources["grid"])
+    write_cuhk03(tmp_path / "cuhk03")
+    Market1501(data_dir=tmp_path / "tfrecord", file_format="tfrecord").build(sources["market1501"])
+    program = WITHOUT_TENSORFLOW + f"""
+from jlml_jax import datasets, prepare
+from jlml_jax.datasets import grid, synthetic_pedestrians
+grid.Grid.EXPECTED = {grid_counts}  # its partitions are of so many people
+synthetic_pedestrians.TRAIN_IDENTITIES = synthetic_pedestrians.TEST_IDENTITIES = range(1, 3)
+
 try:
     import tensorflow
 except ModuleNotFoundError:
     pass
 else:
     raise AssertionError("tensorflow is there")
-status = prepare.main(arguments)
-print(len(datasets.load("market1501", ("gallery",), data_dir)["gallery"]))
-sys.exit(status)
-""", original, data_dir, prologue=WITHOUT_TENSORFLOW)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    assert result.stdout.splitlines()[-1] == "17"
+for name, source in { {name: str(source) for name, source in sources.items()} }.items():
+    flag = ["--incomplete=a miniature"] if name != "grid" else []
+    assert prepare.main([name, "--source=" + source, "--data_dir={data_dir}", *flag]) == 0, name
+assert prepare.main(["synthetic_pedestrians", "--data_dir={data_dir}"]) == 0
+for name in datasets.NAMES:
+    if datasets.builder(name, "{data_dir}").is_prepared():
+        splits = datasets.load(name, tuple(datasets.builder(name, "{data_dir}").info.splits), "{data_dir}")
+        print("read", name, sum(map(len, splits.values())), *sorted(datasets.metadata(name, "{data_dir}")))
+sys.exit(prepare.exit_status(lambda: datasets.load("market1501", ("train",), "{tmp_path / 'tfrecord'}")))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+                            cwd=Path(prepare.__file__).parents[1])
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "1.0.0 is in the format tfrecord, which needs TensorFlow" in result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith("read ")] == [
+        "read cuhk03/detected 280 incomplete new_protocol testsets",
+        "read cuhk03/labeled 275 incomplete new_protocol testsets",
+        "read grid 15 partitions", "read market1501 65 incomplete", "read synthetic_pedestrians 40",
+        "read viper 10 incomplete"]
 
 
 def test_wrong_arguments(capsys, data_dir):
@@ -262,6 +338,9 @@ def test_a_drawn_set_needs_no_source(capsys, data_dir, monkeypatch):
     monkeypatch.setattr(datasets, "builder", lambda name, data_dir: Drawn(data_dir=data_dir))
     assert prepare.main(["drawn", "--source=.", f"--data_dir={data_dir}"]) == 2
     assert capsys.readouterr().err == "error: drawn is drawn, not read: leave out --source\n"
+    assert prepare.main(["drawn", "--incomplete=why", f"--data_dir={data_dir}"]) == 2
+    assert "leave out --incomplete\n" in capsys.readouterr().err
     assert prepare.main(["drawn", f"--data_dir={data_dir}"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "drawn is prepared: train 2"
     assert datasets.load("drawn", ("train",), data_dir)["train"].cameras.tolist() == [1, 2]
+    assert datasets.metadata("drawn", data_dir) == {}

@@ -6,7 +6,8 @@ import hashlib
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ class PersonDatasetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
     HOMEPAGE: str | None = None
     CITATION: str | None = None
 
-    def __init__(self, **kwargs):
-        # array_record is read by index and without TensorFlow; TFDS's default, TFRecord, is neither.
-        super().__init__(file_format=kwargs.pop("file_format", "array_record"), **kwargs)
+    def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
+        super().__init__(file_format=file_format, **kwargs)
+        if file_format is None and not self.info.initialized:  # else that of what is prepared already
+            # array_record is read by index and without TensorFlow; TFDS's default, TFRecord, is neither.
+            self.info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD, override=True)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -90,6 +93,7 @@ class Originals:
     # What else the protocols need, such as official partitions: JSON, kept as the metadata of the data set's TFDS info.
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()  # lines to tell the user
+    defects: tuple[str, ...] = ()  # what, besides counts, only a copy known to be incomplete may have; in words
 
 
 class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
@@ -101,20 +105,49 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
     # Published counts: split -> any of images, identities, cameras, distractors, junk; a count left out is 0.
     EXPECTED: dict[str, dict[str, int]]
 
+    _incomplete = ""  # why, if the originals are known to be that
+
     @classmethod
     def inspect(cls, source: Path) -> Originals:
         """Lists the original files in `source` with their annotation; a UserError if their layout is not the set's."""
         raise NotImplementedError
 
+    def differences(self, originals: Originals) -> list[str]:
+        """In what `originals` are not the data set as published: defects and counts, in words."""
+        counts = [f"{split} has {found:,} {what} instead of {self.EXPECTED[split].get(what, 0):,}"
+                  for split, crops in originals.splits.items() for what, found in count(crops).items()
+                  if found != self.EXPECTED[split].get(what, 0)]
+        return [*originals.defects, *counts]
+
+    def build(self, source: Path | None = None, incomplete: str = "") -> None:
+        """As that of the base; `incomplete` is said in the metadata of a copy known to be that, or degraded."""
+        self._incomplete = incomplete
+        super().build(source)
+
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         originals = self.inspect(Path(dl_manager.manual_dir))
         self.info.metadata.clear()  # of what is built over
         self.info.metadata.update(originals.metadata)
+        # Differences are recorded unasked too: TFDS's own commands build from whatever they are given.
+        if incomplete := "; ".join(filter(None, [self._incomplete, *self.differences(originals)])):
+            self.info.metadata["incomplete"] = incomplete
         return {split: self._generate_examples(crops) for split, crops in originals.splits.items()}
 
     def _generate_examples(self, crops: Sequence[Crop]) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, crop in enumerate(crops):
             yield index, {"image": crop.read(), "identity": crop.identity, "camera": crop.camera, "name": crop.name}
+
+
+def count(crops: Iterable[Crop]) -> dict[str, int]:
+    """Counts of a split: images, identities (persons alone), cameras, distractors, junk."""
+    identities = Counter(crop.identity for crop in crops)
+    return {
+        "images": identities.total(),
+        "identities": sum(identity > 0 for identity in identities),
+        "cameras": len({crop.camera for crop in crops}),
+        "distractors": identities[DISTRACTOR],
+        "junk": identities[JUNK],
+    }
 
 
 def first_few(items: Sequence[str], separator: str = ", ") -> str:
@@ -135,6 +168,17 @@ def unpacked_root(source: Path, archive: str, members: Sequence[str]) -> Path:
         what = "lacks " + ", ".join(missing) if root.is_dir() else "is not a folder"
         raise UserError(f"{root} {what}; give the unpacked {archive}, which has {', '.join(members)}")
     return root
+
+
+def drop_unmatched(views: dict[str, list[Crop]]) -> tuple[dict[str, list[Crop]], tuple[str, ...]]:
+    """The two `views` without people who are in one alone, whom no protocol can match; and a defect that names them."""
+    people = [{crop.identity for crop in crops} for crops in views.values()]
+    alone = {identity for identity in people[0] ^ people[1] if identity > DISTRACTOR}
+    dropped = [crop.origin for crops in views.values() for crop in crops if crop.identity in alone]
+    kept = {view: [crop for crop in crops if crop.identity not in alone] for view, crops in views.items()}
+    if not alone:
+        return kept, ()
+    return kept, (f"{len(alone)} people are in one of {' and '.join(views)} alone and left out: {first_few(dropped)}",)
 
 
 _KNOWN_STRAYS = {"Thumbs.db"}  # the archives themselves have them
@@ -227,9 +271,19 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def load_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
-    """Reads a prepared split into memory, sorted by name. Needs no TensorFlow."""
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    examples: list[dict[str, Any]] = sorted((source[i] for i in range(len(source))), key=lambda e: e["name"])
+    """Reads a prepared split into memory, sorted by name. Needs TensorFlow for TFRecord alone."""
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    examples: list[dict[str, Any]]
+    if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        source = builder.as_data_source(split, decoders=decoders)
+        examples = [source[i] for i in range(len(source))]
+    else:  # as `tfds build --file_format=tfrecord` writes it; as_dataset, in turn, refuses array_record
+        try:
+            examples = list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders)))
+        except ImportError as error:
+            raise UserError(f"{builder.data_path} is in the format {builder.info.file_format.value}, which needs "
+                            "TensorFlow to be read: install it, or remove the folder and prepare it again") from error
+    examples.sort(key=lambda example: example["name"])
     return Split(
         dataset="/".join([builder.name, *([builder.builder_config.name] if builder.builder_config else [])]),
         images=[example["image"] for example in examples],

@@ -8,7 +8,15 @@ import h5py
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, encode_png, first_few, unpacked_root
+from jlml_jax.datasets.base import (
+    BenchmarkBuilder,
+    Crop,
+    Originals,
+    drop_unmatched,
+    encode_png,
+    first_few,
+    unpacked_root,
+)
 from jlml_jax.datasets.matlab import integers, read_mat
 from jlml_jax.errors import UserError
 
@@ -41,6 +49,8 @@ class Cuhk03(BenchmarkBuilder):
     - `testsets`: for each of the 20 trials, its 100 test identities, sorted.
     - `new_protocol`: the 767/700 protocol, {"train": [name], "query": [name], "gallery": [name]}, from the published
       list of this configuration if it lies beside cuhk-03.mat; else None.
+
+    Of an incomplete copy, `testsets` may name people who are not there, `new_protocol` leaves out images that are not.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -96,14 +106,18 @@ class Cuhk03(BenchmarkBuilder):
             boxes = {"labeled": "labelled", "detected": "detected"}[config]
             raise UserError(f"this copy of {path} has no {boxes} boxes: all cells of {config!r} are empty; unpack or "
                             "copy the original file again")
+        views, defects = drop_unmatched({
+            f"view {view}": [crop for crop in crops if crop.camera % 2 == view % 2] for view in (1, 2)})
+        crops = sorted((*views["view 1"], *views["view 2"]), key=lambda crop: crop.name)
         metadata = {"testsets": _read_testsets(path, cells, [len(rows) for rows in people]), "new_protocol": None}
         notes = []
         new_protocol = path.with_name(NEW_PROTOCOL.format(config=config))
         if new_protocol.is_file():
-            metadata["new_protocol"] = _read_new_protocol(new_protocol, crops)
+            metadata["new_protocol"], differing = _read_new_protocol(new_protocol, crops)
+            defects += differing
         else:
             notes.append(f"no {new_protocol.name} beside {FILE}: the 767/700 protocol is left out")
-        return Originals({"crops": crops}, [], metadata, tuple(notes))
+        return Originals({"crops": crops}, [], metadata, tuple(notes), defects)
 
 
 def _people_of_pairs(file: h5py.File, config: str) -> list[np.ndarray]:
@@ -165,8 +179,11 @@ def _read_testsets(path: Path, cells: Sequence[np.ndarray], num_people: Sequence
     return testsets
 
 
-def _read_new_protocol(path: Path, crops: Sequence[Crop]) -> dict[str, list[str]]:
-    """The names of the training, query and gallery images, from one of the published lists, checked against `crops`."""
+def _read_new_protocol(path: Path, crops: Sequence[Crop]) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """The names of the training, query and gallery images, from one of the published lists, checked against `crops`.
+
+    Names that are not those of `crops` are left out; a defect tells of them, and of crops that are not in the list.
+    """
     variables = read_mat(path, "filelist", "labels", "train_idx", "query_idx", "gallery_idx")
     try:
         names = [str(name) for name in np.atleast_1d(variables["filelist"])]
@@ -174,17 +191,22 @@ def _read_new_protocol(path: Path, crops: Sequence[Crop]) -> dict[str, list[str]
         parts = {part: integers(variables[f"{part}_idx"]) for part in ("train", "query", "gallery")}
     except ValueError as error:
         raise UserError(f"{path} is not laid out as published ({error}); get it again") from error
-    differing = sorted(set(labels.items()) ^ {(crop.name, crop.identity) for crop in crops})
-    if differing or len(names) != len(crops):
-        listed = first_few([f"{name} of person {identity}" for name, identity in differing])
-        raise UserError(f"{path} and {FILE} beside it differ in {len(differing):,} images ({listed}); unpack or copy "
-                        "the original files again")
-    if sorted(index for part in parts.values() for index in part) != list(range(1, len(names) + 1)):
+    identities = {crop.name: crop.identity for crop in crops}
+    conflicts = [name for name in identities if labels.get(name, identities[name]) != identities[name]]
+    if conflicts:
+        raise UserError(f"{path} and {FILE} beside it have different people in {len(conflicts):,} images "
+                        f"({first_few(conflicts)}); unpack or copy the original files again")
+    indices = sorted(index for part in parts.values() for index in part)
+    if indices != list(range(1, len(names) + 1)) or len(labels) != len(names):
         raise UserError(f"{path} does not part its {len(names):,} images into training, query and gallery; get it "
                         "again")
-    protocol = {part: [names[index - 1] for index in indices] for part, indices in parts.items()}
-    people = {part: {labels[name] for name in listed} for part, listed in protocol.items()}
+    listed = {part: [names[index - 1] for index in of_part] for part, of_part in parts.items()}
+    people = {part: {labels[name] for name in of_part} for part, of_part in listed.items()}
     if people["train"] & people["query"] or people["query"] != people["gallery"]:
         raise UserError(f"{path} tests on training identities, or its query and gallery have different people; get it "
                         "again")
-    return protocol
+    differing = sorted(labels.keys() ^ identities.keys())
+    if not differing:
+        return listed, ()
+    return ({part: [name for name in of_part if name in identities] for part, of_part in listed.items()},
+            (f"{path.name} and {FILE} differ in {len(differing):,} images: {first_few(differing)}",))

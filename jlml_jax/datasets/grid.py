@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, parse_names, unpacked_root
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, drop_unmatched, parse_names, unpacked_root
 from jlml_jax.datasets.matlab import integers, read_mat
 from jlml_jax.errors import UserError
 
@@ -22,7 +22,8 @@ _NAME = re.compile(r"(?P<identity>\d{4})_(?P<camera>[1-8])_\d+_\d+_\d+_\d+_\d+\.
 class Grid(BenchmarkBuilder):
     """Splits probe and gallery: an image each of the same people; the gallery has distractors, of identity 0, too.
 
-    The metadata has the official partitions: `partitions`, a list of {"train": [identity], "test": [identity]}, sorted.
+    The metadata has the official partitions: `partitions`, a list of {"train": [identity], "test": [identity]}, sorted;
+    of an incomplete copy, they are still those of all 250 people.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -52,12 +53,12 @@ class Grid(BenchmarkBuilder):
         """Lists the images in `source`, the unpacked folder or the one above it, by their names, and the partitions."""
         root = unpacked_root(source, ROOT, [*(f"{folder}/" for folder in FOLDERS), PARTITIONS])
         images, strays = parse_names(root, FOLDERS, _NAME, {".jpeg", ".jpg"}, "0001_1_25004_107_32_106_221.jpeg")
-        splits = {
+        splits, defects = drop_unmatched({
             folder: [Crop(path.name, int(match["identity"]), int(match["camera"]), f"{folder}/{path.name}",
                           path.read_bytes) for path, match in images[folder]]
-            for folder in FOLDERS}
+            for folder in FOLDERS})
         partitions = _read_partitions(root / PARTITIONS, cls.EXPECTED["probe"]["identities"])
-        return Originals(splits, strays, {"partitions": partitions})
+        return Originals(splits, strays, {"partitions": partitions}, defects=defects)
 
 
 def _read_partitions(path: Path, num_identities: int) -> list[dict[str, list[int]]]:

@@ -11,12 +11,11 @@ from jlml_jax.datasets.base import (
     Crop,
     Originals,
     decode_image,
+    drop_unmatched,
     encode_png,
-    first_few,
     parse_names,
     unpacked_root,
 )
-from jlml_jax.errors import UserError
 
 ROOT = "VIPeR"
 FOLDERS = ("cam_a", "cam_b")  # cameras 1 and 2; the splits have the same names
@@ -65,13 +64,8 @@ class Viper(BenchmarkBuilder):
                 Crop(f"{folder}/{path.name}", int(match["person"]) + 1, camera, f"{folder}/{path.name}",
                      _png_reader(path, f"{folder}/{path.name}"))
                 for path, match in images[folder]]
-        people = {folder: {match["person"] for _, match in images[folder]} for folder in FOLDERS}
-        alone = [f"{folder}/{person}" for folder, other in (FOLDERS, FOLDERS[::-1])
-                 for person in sorted(people[folder] - people[other])]
-        if alone:
-            raise UserError(f"{len(alone)} people of {root} are in one of {' and '.join(FOLDERS)} alone: "
-                            f"{first_few(alone)}; unpack or copy the original files again")
-        return Originals(splits, strays)
+        splits, defects = drop_unmatched(splits)
+        return Originals(splits, strays, defects=defects)
 
 
 def _png_reader(path: Path, origin: str) -> Callable[[], bytes]:
