@@ -17,6 +17,7 @@ from jlml_jax.errors import UserError, exit_status
 
 _EXAMPLE = """example:
   python -m jlml_jax.prepare market1501 --source=Market-1501-v15.09.15
+  python -m jlml_jax.prepare viper --source=VIPeR --incomplete="resized to 64x128"
   python -m jlml_jax.prepare synthetic_pedestrians
 """
 
