@@ -17,19 +17,21 @@ from jlml_jax.errors import UserError, exit_status
 
 _EXAMPLE = """example:
   python -m jlml_jax.prepare market1501 --source=Market-1501-v15.09.15
+  python -m jlml_jax.prepare folder/shop --source=people.csv
   python -m jlml_jax.prepare viper --source=VIPeR --incomplete="resized to 64x128"
   python -m jlml_jax.prepare synthetic_pedestrians
 """
 
 
-def print_counts(splits: dict[str, list[Crop]], expected: dict[str, dict[str, int]]) -> None:
-    """Prints published and found counts as a table."""
-    print(f"{'split':<12} {'count':<12} {'expected':>9} {'found':>9}")
+def print_counts(splits: dict[str, list[Crop]], expected: dict[str, dict[str, int]] | None) -> None:
+    """Prints published, if any, and found counts as a table."""
+    print(f"{'split':<12} {'count':<12}" + f" {'expected':>9}" * (expected is not None) + f" {'found':>9}")
     for split, crops in splits.items():
         for what, found in count(crops).items():
-            published = expected[split].get(what, 0)
+            published = found if expected is None else expected[split].get(what, 0)
             if published or found:
-                print(f"{split:<12} {what:<12} {published:>9,} {found:>9,}{'  differs' * (found != published)}")
+                shown = f" {published:>9,}" * (expected is not None)
+                print(f"{split:<12} {what:<12}{shown} {found:>9,}{'  differs' * (found != published)}")
 
 
 def check_images(crops: Sequence[Crop], source: Path) -> int:
@@ -74,7 +76,7 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
 
     Args:
         name: one of `datasets.NAMES`.
-        source: folder of the original files; None for a data set that is drawn.
+        source: folder of the original files, or CSV of a user's own; None for a data set that is drawn.
         data_dir: where TFDS keeps data; its own default if None.
         overwrite: build anew, in place of what was built before.
         incomplete: why the original files are known not to be those published, in one line: it is recorded, with the
@@ -151,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m jlml_jax.prepare", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="DATASET", help=" or ".join(datasets.NAMES))
-    parser.add_argument("--source", metavar="DIR", help="folder of the original files; none for a set that is drawn")
+    parser.add_argument("--source", metavar="DIR", help="folder of the original files, or CSV for folder/NAME; none "
+                                                        "for a set that is drawn")
     parser.add_argument("--data_dir", metavar="DIR", help="where to keep the data (default: $TFDS_DATA_DIR, else "
                                                           "~/tensorflow_datasets)")
     parser.add_argument("--overwrite", action="store_true", help="build anew what is prepared already")

@@ -102,8 +102,9 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
     Where a data set has configurations, EXPECTED and inspect may be the instance's instead of the class's.
     """
 
-    # Published counts: split -> any of images, identities, cameras, distractors, junk; a count left out is 0.
-    EXPECTED: dict[str, dict[str, int]]
+    # Published counts: split -> any of images, identities, cameras, distractors, junk; a count left out is 0. None: of
+    # what is not published.
+    EXPECTED: dict[str, dict[str, int]] | None
 
     _incomplete = ""  # why, if the originals are known to be that
 
@@ -114,10 +115,11 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
 
     def differences(self, originals: Originals) -> list[str]:
         """In what `originals` are not the data set as published: defects and counts, in words."""
-        counts = [f"{split} has {found:,} {what} instead of {self.EXPECTED[split].get(what, 0):,}"
-                  for split, crops in originals.splits.items() for what, found in count(crops).items()
-                  if found != self.EXPECTED[split].get(what, 0)]
-        return [*originals.defects, *counts]
+        counts = [(split, what, found, self.EXPECTED[split].get(what, 0))
+                  for split, crops in originals.splits.items() if self.EXPECTED is not None
+                  for what, found in count(crops).items()]
+        return [*originals.defects, *(f"{split} has {found:,} {what} instead of {published:,}"
+                                      for split, what, found, published in counts if found != published)]
 
     def build(self, source: Path | None = None, incomplete: str = "") -> None:
         """As that of the base; `incomplete` is said in the metadata of a copy known to be that, or degraded."""
@@ -125,13 +127,16 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
         super().build(source)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        originals = self.inspect(Path(dl_manager.manual_dir))
+        originals = self.inspect(self._original_files(dl_manager))
         self.info.metadata.clear()  # of what is built over
         self.info.metadata.update(originals.metadata)
         # Differences are recorded unasked too: TFDS's own commands build from whatever they are given.
         if incomplete := "; ".join(filter(None, [self._incomplete, *self.differences(originals)])):
             self.info.metadata["incomplete"] = incomplete
         return {split: self._generate_examples(crops) for split, crops in originals.splits.items()}
+
+    def _original_files(self, dl_manager: tfds.download.DownloadManager) -> Path:
+        return Path(dl_manager.manual_dir)
 
     def _generate_examples(self, crops: Sequence[Crop]) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, crop in enumerate(crops):
