@@ -14,6 +14,7 @@ from jlml_jax.errors import UserError
 _BUILDERS = {
     "cuhk03/detected": "jlml_jax.datasets.cuhk03:Cuhk03",
     "cuhk03/labeled": "jlml_jax.datasets.cuhk03:Cuhk03",
+    "folder/NAME": "jlml_jax.datasets.folder:Folder",  # NAME is the user's own
     "grid": "jlml_jax.datasets.grid:Grid",
     "market1501": "jlml_jax.datasets.market1501:Market1501",
     "synthetic_pedestrians": "jlml_jax.datasets.synthetic_pedestrians:SyntheticPedestrians",
@@ -25,14 +26,15 @@ NAMES = tuple(sorted(_BUILDERS))
 
 def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of data set `name`; `data_dir` defaults to TFDS's own (~/tensorflow_datasets)."""
-    if name not in _BUILDERS:
+    family, _, config = name.partition("/")
+    known = "folder/NAME" if family == "folder" else name
+    if known not in _BUILDERS:
         raise UserError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
     # TFDS warns of a folder without data, which is told better by what then fails.
     logging.set_verbosity(logging.ERROR)
-    module, class_name = _BUILDERS[name].split(":")
+    module, class_name = _BUILDERS[known].split(":")
     data_dir = os.path.expanduser(data_dir) if data_dir else None
-    config = name.partition("/")[2] or None
-    return getattr(importlib.import_module(module), class_name)(data_dir=data_dir, config=config)
+    return getattr(importlib.import_module(module), class_name)(data_dir=data_dir, config=config or None)
 
 
 def load(name: str, splits: tuple[str, ...], data_dir: str | None = None) -> dict[str, Split]:
@@ -56,7 +58,7 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         if not getattr(dataset, "DRAWN", False):
             fetch = " ".join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
             raise UserError(f"{name} is not prepared in {dataset.data_dir_root}. {fetch} Then run "
-                            f"python -m jlml_jax.prepare {name} --source=FOLDER_OF_THE_ORIGINAL_FILES "
+                            f"python -m jlml_jax.prepare {name} --source=ORIGINAL_FILES "
                             f"--data_dir={dataset.data_dir_root}")
         print(f"drawing {name} into {dataset.data_dir}", flush=True)
         dataset.build()

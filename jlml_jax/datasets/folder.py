@@ -1,0 +1,330 @@
+"""`folder/NAME`: a user's own crops, from a CSV or from a folder of images named as Market-1501's are."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import os
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import ExifTags, Image
+
+from jlml_jax.datasets.base import (
+    DISTRACTOR,
+    JUNK,
+    BenchmarkBuilder,
+    Crop,
+    Originals,
+    decode_image,
+    encode_png,
+    first_few,
+    parse_names,
+)
+from jlml_jax.errors import UserError
+
+SPLITS = ("train", "query", "gallery")
+COLUMNS = ("image", "identity", "camera")  # and, optionally, split
+NOBODY = {"distractor": DISTRACTOR, "junk": JUNK}  # words in the place of an identity
+FOLDERS = {"train": ("train", "bounding_box_train"), "query": ("query",), "gallery": ("gallery", "bounding_box_test")}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+SEED = 0  # of the splits that are drawn
+
+# 0002_c1s1_000451_03.jpg or 17_c3.png: identity, camera, anything.
+_NAME = re.compile(r"(?P<identity>-1|[0-9]+)_c(?P<camera>[0-9]+).*(?i:\.jpe?g|\.png|\.bmp|\.webp)")
+_EXAMPLE = "0002_c1s1_000451_03.jpg"
+
+_READ_BY_ALL = {"JPEG", "MPO", "PNG"}  # what TensorFlow decodes too; an MPO is a JPEG with further pictures behind it
+_UPRIGHT = {  # by Exif orientation; 1 is upright already
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """An image as the user annotated it."""
+
+    path: Path
+    name: str
+    identity: str
+    camera: str
+    split: str  # empty: to be drawn
+
+
+class Folder(BenchmarkBuilder):
+    """Splits train, query and gallery, as the user gives them or drawn; those without images are left out.
+
+    Each NAME is a configuration of its own. Images that TensorFlow would not read, or not upright, are kept as PNG, of
+    the same pixels; the others as they are. `name` is the path within the folder. Identities and cameras are any text,
+    numbered from 1 on in sorted order, in that of numbers if all are numbers. The metadata has
+
+    - `identities`: those texts; that of identity i is at i - 1.
+    - `cameras`: likewise.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "As the user gave it."}
+    DESCRIPTION = "Crops of people, of the user's own."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Give a CSV file with the columns image (a path within the CSV's folder), identity (any text; distractor and "
+        "junk are nobody), camera (any text) and, unless it is to be drawn, split (train, query or gallery). Or give a "
+        f"folder of images named like {_EXAMPLE}: the identity, 0 for a distractor, -1 for junk, and after _c the "
+        "camera; the images in it are split at random, those in its folders train, query and gallery are not."
+    )
+    EXPECTED = None
+
+    _source: Path | None = None
+
+    def __init__(self, config: str | tfds.core.BuilderConfig | None = None, **kwargs):
+        name = config.name if isinstance(config, tfds.core.BuilderConfig) else config or ""
+        if not re.fullmatch("[A-Za-z0-9_-]+", name):
+            raise UserError(f"folder/{name}: a data set of your own needs a name of letters, digits, - and _, such as "
+                            "folder/shop")
+        super().__init__(config=tfds.core.BuilderConfig(name=name), **kwargs)
+
+    def build(self, source: Path | None = None) -> None:
+        self._source = source
+        super().build(source)
+
+    def _original_files(self, dl_manager: tfds.download.DownloadManager) -> Path:
+        # TFDS's manual_dir cannot be a CSV.
+        return self._source or super()._original_files(dl_manager)
+
+    @classmethod
+    def inspect(cls, source: Path) -> Originals:
+        """Lists the images that the CSV `source` names, or those in the folder `source`, and draws splits if need be.
+
+        Raises:
+            UserError: `source` is neither, or what it says of the images cannot be.
+        """
+        rows, unexpected, notes = _list_folder(source) if source.is_dir() else _read_csv(source)
+        identities = _in_order({row.identity for row in rows} - set(NOBODY), source, "identities")
+        cameras = _in_order({row.camera for row in rows}, source, "cameras")
+        if any(row.split for row in rows):
+            splits = {split: [row for row in rows if row.split == split] for split in SPLITS}
+            _check_splits(splits, source)
+        else:
+            splits, told = _draw_splits(rows, identities)
+            notes += told
+        notes += _notes_on_queries(splits)
+        if len(seen_by := {row.camera for row in rows if row.identity not in NOBODY}) == 1:
+            notes.append(f"all people are seen by camera {seen_by.pop()} alone, but a match must come from another "
+                         "camera than the query's: good for training alone")
+        numbers = NOBODY | {name: number for number, name in enumerate(identities, 1)}
+        camera_numbers = {name: number for number, name in enumerate(cameras, 1)}
+        crops = {split: [Crop(row.name, numbers[row.identity], camera_numbers[row.camera], row.name,
+                              _reader(row.path, row.name)) for row in listed]
+                 for split, listed in splits.items() if listed}
+        return Originals(crops, unexpected, {"identities": identities, "cameras": cameras}, tuple(notes))
+
+
+def _refuse(source: Path, offenders: Sequence[str], what: str, remedy: str) -> None:
+    """A UserError if there are any `offenders`, which are `what`."""
+    if offenders:
+        raise UserError(f"{source}: {len(offenders):,} {what}: {first_few(offenders)}; {remedy}")
+
+
+def _read_csv(path: Path) -> tuple[list[_Row], list[str], list[str]]:
+    """The images that a CSV lists; no unexpected files; notes."""
+    header, lines = _read_table(path)
+    has_split = "split" in header and any(cells["split"] for _, cells in lines)
+    needed = (*COLUMNS, "split") if has_split else COLUMNS
+    _refuse(path, [f"line {line} ({', '.join(empty)})" for line, cells in lines
+                   if (empty := [column for column in needed if not cells[column]])],
+            "lines lack a cell", "fill them in or remove the lines")
+    if has_split:
+        _refuse(path, [f"line {line} ({cells['split']})" for line, cells in lines if cells["split"] not in SPLITS],
+                "lines have an unknown split", f"known are {', '.join(SPLITS)}")
+    _refuse(path, [f"line {line}" for line, cells in lines if cells["identity"] == "-1"], "lines have the identity -1",
+            "write junk for it, and distractor where 0 is nobody")
+    _check_paths(path, [(line, cells["image"]) for line, cells in lines])
+    notes = []
+    if unread := [title for title in header if title and title not in (*COLUMNS, "split")]:
+        notes.append(f"columns that are not read: {', '.join(unread)}")
+    if any(re.fullmatch("0+", cells["identity"]) for _, cells in lines):
+        notes.append("identity 0 is taken for a person; where it is nobody, write distractor")
+    rows = [_Row(path.parent / cells["image"], str(PurePosixPath(cells["image"])), cells["identity"], cells["camera"],
+                 cells["split"] if has_split else "") for _, cells in lines]
+    return rows, [], notes
+
+
+def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The titles of a CSV, and the number and cells of each further line that is not empty."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it has NUL characters")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; give a CSV file or a folder of images") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error}); save it as a CSV file in UTF-8") from error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; mend the quotation marks") from error
+    if not lines:
+        raise UserError(f"{path} is empty; its first line must name the columns {', '.join(COLUMNS)}")
+    (_, header), *lines = lines
+    if missing := [column for column in COLUMNS if column not in header]:
+        raise UserError(f"{path} has no column {' and no column '.join(missing)}: its first line is "
+                        f"{','.join(header)[:80]!r}, but must name {', '.join(COLUMNS)}, with commas between them")
+    if twice := [column for column in (*COLUMNS, "split") if header.count(column) > 1]:
+        raise UserError(f"{path} has two columns {twice[0]}; remove one")
+    if not lines:
+        raise UserError(f"{path} lists no images; add a line for each")
+    _refuse(path, [f"line {number} ({len(cells)})" for number, cells in lines if len(cells) != len(header)],
+            f"lines have not {len(header)} cells, as the first has", "quote cells with a comma in them")
+    return header, [(number, dict(zip(header, cells, strict=True))) for number, cells in lines]
+
+
+def _check_paths(path: Path, images: Sequence[tuple[int, str]]) -> None:
+    """A UserError unless all `images` (line, path as given) are different files within the folder of CSV `path`."""
+    root = os.path.realpath(path.parent)
+    _refuse(path, [image for _, image in images if os.path.isabs(image) or ".." in PurePosixPath(image).parts],
+            f"paths lead out of {path.parent}", "images must lie within the CSV's folder")
+    _refuse(path, [image for _, image in images if not (path.parent / image).is_file()],
+            f"images are not in {path.parent}", "paths start from the CSV's folder, with / between folders")
+    files = [os.path.realpath(path.parent / image) for _, image in images]
+    _refuse(path, [image for (_, image), file in zip(images, files, strict=True)
+                   if os.path.commonpath([root, file]) != root],
+            f"images are linked from outside {path.parent}", "put the CSV into the folder in which they lie")
+    lines = defaultdict(list)
+    for (line, _), file in zip(images, files, strict=True):
+        lines[file].append(line)
+    _refuse(path, [f"{os.path.relpath(file, root)} (lines {', '.join(map(str, listed))})"
+                   for file, listed in lines.items() if len(listed) > 1],
+            "images are listed more than once", "remove the lines too many")
+
+
+def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
+    """The images in a folder, or in those for splits therein; files that do not belong there; no notes."""
+    folders = {name: split for split, names in FOLDERS.items() for name in names if (root / name).is_dir()}
+    for names in FOLDERS.values():
+        if len(both := [name for name in names if name in folders]) > 1:
+            raise UserError(f"{root} has both {' and '.join(both)}; remove or rename one")
+    images, unexpected = parse_names(root, list(folders) or ["."], _NAME, SUFFIXES, _EXAMPLE)
+    if folders:
+        unexpected += [path.name for path in sorted(root.iterdir()) if path.name not in folders]
+    rows = [_Row(path, path.relative_to(root).as_posix(), _identity_of(match), str(int(match["camera"])),
+                 folders.get(folder, ""))
+            for folder, matches in images.items() for path, match in matches]
+    if not rows:
+        raise UserError(f"{root} has no images named like {_EXAMPLE}, neither in itself nor in folders "
+                        f"{', '.join(SPLITS)}; rename them, or list them in a CSV")
+    return rows, unexpected, []
+
+
+def _identity_of(match: re.Match) -> str:
+    words = {str(number): word for word, number in NOBODY.items()}
+    number = str(int(match["identity"]))
+    return words.get(number, number)
+
+
+def _in_order(names: set[str], source: Path, what: str) -> list[str]:
+    """Sorted, in the order of numbers if all are; a UserError if a number is written in two ways."""
+    if not all(re.fullmatch("-?[0-9]{1,18}", name) for name in names):
+        return sorted(names)
+    ordered = sorted(names, key=lambda name: (int(name), name))
+    _refuse(source, [f"{one} and {other}" for one, other in itertools.pairwise(ordered) if int(one) == int(other)],
+            f"{what} are written in two ways", "write them in one")
+    return ordered
+
+
+def _check_splits(splits: Mapping[str, Sequence[_Row]], source: Path) -> None:
+    _refuse(source, [row.name for split in ("train", "query") for row in splits[split] if row.identity in NOBODY],
+            "images of train or query are distractors or junk", "they can be in the gallery alone")
+    people = {split: {row.identity for row in rows} for split, rows in splits.items()}
+    _refuse(source, sorted(people["train"] & (people["query"] | people["gallery"])),
+            "identities are both in train and in query or gallery",
+            "the result would mean nothing: give each to training or to the test")
+
+
+def _draw_splits(rows: Iterable[_Row], identities: Sequence[str]) -> tuple[dict[str, list[_Row]], list[str]]:
+    """Half of the people train; of each of the others an image a camera is a query if the gallery keeps a true match.
+
+    The draw depends on the annotation alone, not on the order of `rows`. Returns the splits, and notes.
+    """
+    images: dict[str, dict[str, list[_Row]]] = defaultdict(lambda: defaultdict(list))  # of identity, of camera
+    for row in sorted(rows, key=lambda row: row.name):
+        images[row.identity][row.camera].append(row)
+    splits: dict[str, list[_Row]] = {split: [] for split in SPLITS}
+    for word in NOBODY:
+        splits["gallery"] += itertools.chain(*images[word].values())
+
+    rng = np.random.default_rng(SEED)
+    order = rng.permutation(len(identities))
+    testable = len({camera for identity in identities for camera in images[identity]}) > 1
+    num_train = len(order) - len(order) // 2 if testable else len(order)
+    alone = 0
+    for rank, index in enumerate(order):
+        of_camera = images[identities[index]]
+        if rank < num_train:
+            splits["train"] += itertools.chain(*of_camera.values())
+            continue
+        cameras = sorted(of_camera)
+        alone += len(cameras) == 1
+        # Images are left for the gallery by two cameras, so that each query finds another camera's there.
+        if sum(len(of_camera[camera]) > 1 for camera in cameras) < 2:
+            cameras.remove(cameras[rng.integers(len(cameras))])
+        queries = {of_camera[camera][rng.integers(len(of_camera[camera]))] for camera in cameras}
+        for row in itertools.chain(*of_camera.values()):
+            splits["query" if row in queries else "gallery"].append(row)
+
+    num_test = len(order) - num_train
+    notes = [f"splits are drawn: {num_train:,} of {len(order):,} identities for training, {num_test:,} for the test"]
+    if alone:
+        notes.append(f"{alone:,} of the {num_test:,} test identities are seen by one camera alone: they are in the "
+                     "gallery, and no queries")
+    return splits, notes
+
+
+def _notes_on_queries(splits: Mapping[str, Sequence[_Row]]) -> list[str]:
+    cameras = defaultdict(set)
+    for row in splits["gallery"]:
+        cameras[row.identity].add(row.camera)
+    alone = [row.name for row in splits["query"] if not cameras[row.identity] - {row.camera}]
+    if not alone:
+        return []
+    return [f"{len(alone):,} of {len(splits['query']):,} queries have no image of their identity from another camera "
+            f"in the gallery: {first_few(alone)}"]
+
+
+def _reader(path: Path, name: str) -> Callable[[], bytes]:
+    return lambda: _upright(path.read_bytes(), name)
+
+
+def _upright(encoded: bytes, name: str) -> bytes:
+    """The image file as it is, if it is a JPEG or PNG that TensorFlow reads and not to be turned; else as PNG.
+
+    Cameras leave it to the viewer to turn a picture, by its Exif orientation; what decodes crops knows nothing of it.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            readable = image.format in _READ_BY_ALL and image.mode != "CMYK"
+            # Pillow turns a TIFF itself as it decodes it.
+            turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return encoded  # for decode_image to say what is wrong with it
+    if readable and turn is None:
+        return encoded
+    pixels = decode_image(encoded, name)
+    return encode_png(pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn)))
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except (KeyError, TypeError, ValueError, SyntaxError, struct.error):  # damaged Exif data, as if there were none
+        return None
