@@ -21,8 +21,9 @@ from jlml_jax.datasets.market1501 import Market1501
 def market1501_dir(tmp_path_factory):
     """A TFDS data folder with a miniature Market-1501: 4 training and 4 test identities, 3 cameras."""
     source, data_dir = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data")
-    write_market1501(source)
-    Market1501(data_dir=data_dir).build(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Market1501, "EXPECTED", write_market1501(source))
+        Market1501(data_dir=data_dir).build(source)
     return data_dir
 
 

@@ -106,6 +106,7 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
     # what is not published.
     EXPECTED: dict[str, dict[str, int]] | None
 
+    _source: Path | None = None  # the original files; None: TFDS's manual_dir, which must be a folder
     _incomplete = ""  # why, if the originals are known to be that
 
     @classmethod
@@ -123,20 +124,17 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
 
     def build(self, source: Path | None = None, incomplete: str = "") -> None:
         """As that of the base; `incomplete` is said in the metadata of a copy known to be that, or degraded."""
-        self._incomplete = incomplete
+        self._source, self._incomplete = source, incomplete
         super().build(source)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        originals = self.inspect(self._original_files(dl_manager))
+        originals = self.inspect(self._source or Path(dl_manager.manual_dir))
         self.info.metadata.clear()  # of what is built over
         self.info.metadata.update(originals.metadata)
         # Differences are recorded unasked too: TFDS's own commands build from whatever they are given.
         if incomplete := "; ".join(filter(None, [self._incomplete, *self.differences(originals)])):
             self.info.metadata["incomplete"] = incomplete
         return {split: self._generate_examples(crops) for split, crops in originals.splits.items()}
-
-    def _original_files(self, dl_manager: tfds.download.DownloadManager) -> Path:
-        return Path(dl_manager.manual_dir)
 
     def _generate_examples(self, crops: Sequence[Crop]) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, crop in enumerate(crops):

@@ -93,14 +93,6 @@ class Folder(BenchmarkBuilder):
                             "folder/shop")
         super().__init__(config=tfds.core.BuilderConfig(name=name), **kwargs)
 
-    def build(self, source: Path | None = None) -> None:
-        self._source = source
-        super().build(source)
-
-    def _original_files(self, dl_manager: tfds.download.DownloadManager) -> Path:
-        # TFDS's manual_dir cannot be a CSV.
-        return self._source or super()._original_files(dl_manager)
-
     @classmethod
     def inspect(cls, source: Path) -> Originals:
         """Lists the images that the CSV `source` names, or those in the folder `source`, and draws splits if need be.
