@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jlml_jax.datasets import base, synthetic_pedestrians
+from jlml_jax.datasets import synthetic_pedestrians
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +72,7 @@ def test_the_synthetic_set_is_as_described(tmp_path, monkeypatch):
     for folder in ("one", "two"):
         builder = synthetic_pedestrians.SyntheticPedestrians(data_dir=tmp_path / folder)
         builder.build()
-        splits.append({name: base.load_split(builder, name) for name in ("train", "query", "gallery")})
+        splits.append({name: builder.load_split(name) for name in ("train", "query", "gallery")})
     one, two = splits
     assert {name: len(split) for name, split in one.items()} == {"train": 36, "query": 12, "gallery": 36}
     assert all(one[name].fingerprint() == two[name].fingerprint() for name in one)

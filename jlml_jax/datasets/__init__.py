@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging
 
-from jlml_jax.datasets.base import Split, load_split
+from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError
 
 # Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
@@ -40,7 +40,7 @@ def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
 def load(name: str, splits: tuple[str, ...], data_dir: str | None = None) -> dict[str, Split]:
     """Those of `splits` that a prepared data set has. A data set that is drawn, not downloaded, is drawn if need be."""
     dataset = _prepared(name, data_dir)
-    return {split: load_split(dataset, split) for split in splits if split in dataset.info.splits}
+    return {split: dataset.load_split(split) for split in splits if split in dataset.info.splits}
 
 
 def metadata(name: str, data_dir: str | None = None) -> dict[str, Any]:

@@ -16,44 +16,21 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, UnidentifiedImageError
 
+from jlml_jax.datasets.stored import StoredImages, open_split, read_examples
 from jlml_jax.errors import UserError
 
 JUNK = -1
 DISTRACTOR = 0
 
 
-class PersonDatasetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Base of the builders: an example is an encoded crop with its identity, camera and file name.
-
-    Identities are 1 and up, 0 is a distractor, -1 is junk (never a person, never counted). Examples keep the order in
-    which they are generated, which nothing may rely on: `name` is what identifies an image.
-    """
-
-    DESCRIPTION: str
-    HOMEPAGE: str | None = None
-    CITATION: str | None = None
+class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Base of all builders: data that are written whole or not at all, as array_record if nothing else is asked for."""
 
     def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
         super().__init__(file_format=file_format, **kwargs)
         if file_format is None and not self.info.initialized:  # else that of what is prepared already
             # array_record is read by index and without TensorFlow; TFDS's default, TFRecord, is neither.
             self.info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD, override=True)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.DESCRIPTION,
-            homepage=self.HOMEPAGE,
-            citation=self.CITATION,
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "identity": np.int64,
-                "camera": np.int64,
-                "name": tfds.features.Text(),
-            }),
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(),
-        )
 
     def is_prepared(self) -> bool:
         """Whether the data lies whole in `data_path`. TFDS itself looks for dataset_info.json alone."""
@@ -71,6 +48,56 @@ class PersonDatasetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tr
                 download_dir=download_dir,  # TFDS makes it even where nothing is downloaded
                 download_config=tfds.download.DownloadConfig(
                     manual_dir=source, download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS))
+
+
+class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
+    """Base of the person data sets: an example is an encoded crop with its identity, camera and file name.
+
+    Identities are 1 and up, 0 is a distractor, -1 is junk (never a person, never counted). Examples keep the order in
+    which they are generated, which nothing may rely on: `name` is what identifies an image.
+    """
+
+    DESCRIPTION: str
+    HOMEPAGE: str | None = None
+    CITATION: str | None = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.DESCRIPTION,
+            homepage=self.HOMEPAGE,
+            citation=self.CITATION,
+            features=tfds.features.FeaturesDict({
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "identity": np.int64,
+                "camera": np.int64,
+                "name": tfds.features.Text(),
+            }),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def load_split(self, split: str) -> "Split":
+        """Reads a prepared split into memory, sorted by name. Needs TensorFlow for TFRecord alone."""
+        examples: list[dict[str, Any]]
+        if self.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+            examples = list(read_examples(open_split(self, split)))
+        else:  # as `tfds build --file_format=tfrecord` writes it; as_dataset, in turn, refuses array_record
+            try:
+                examples = list(tfds.as_numpy(
+                    self.as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()})))
+            except ImportError as error:
+                raise UserError(f"{self.data_path} is in the format {self.info.file_format.value}, which needs "
+                                "TensorFlow to be read: install it, or remove the folder and prepare it again"
+                                ) from error
+        examples.sort(key=lambda example: example["name"])
+        return Split(
+            dataset="/".join([self.name, *([self.builder_config.name] if self.builder_config else [])]),
+            images=[example["image"] for example in examples],
+            identities=np.array([example["identity"] for example in examples], np.int64),
+            cameras=np.array([example["camera"] for example in examples], np.int64),
+            names=np.array([example["name"].decode() for example in examples]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +239,10 @@ def parse_names(root: Path, folders: Sequence[str], pattern: re.Pattern, suffixe
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images of one data set in memory, still encoded, with their annotation; sorted by name."""
+    """Images of one data set, still encoded, in memory or on disk, with their annotation."""
 
     dataset: str  # as in datasets.NAMES
-    images: Sequence[bytes]  # N encoded files
+    images: Sequence[bytes] | StoredImages  # N encoded files
     identities: np.ndarray  # int64 [N]
     cameras: np.ndarray  # int64 [N]
     names: np.ndarray  # str [N]
@@ -223,15 +250,25 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    def read(self, indices: np.ndarray) -> list[bytes]:
+        """The encoded images at `indices` (int [M])."""
+        if isinstance(self.images, StoredImages):
+            return self.images.read(indices)
+        return [self.images[i] for i in indices]
+
     def select(self, indices: np.ndarray) -> "Split":
-        """The images at `indices` (int [M]), in that order."""
-        return Split(self.dataset, [self.images[i] for i in indices], self.identities[indices],
-                     self.cameras[indices], self.names[indices])
+        """The images at `indices` (int [M]), in that order; what is on disk stays there."""
+        images = self.images.select(indices) if isinstance(self.images, StoredImages) else self.read(indices)
+        return Split(self.dataset, images, self.identities[indices], self.cameras[indices], self.names[indices])
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, annotation and encoded images: equal exactly when the split is."""
+        """SHA-256 over names, annotation and encoded images: equal exactly when the split is.
+
+        Images on disk are not read: their own SHA-256 stand for them.
+        """
+        images = self.images.digests() if isinstance(self.images, StoredImages) else self.images
         digest = hashlib.sha256()
-        for name, identity, camera, image in zip(self.names, self.identities, self.cameras, self.images, strict=True):
+        for name, identity, camera, image in zip(self.names, self.identities, self.cameras, images, strict=True):
             digest.update(f"{name}\0{identity}\0{camera}\0{len(image)}\0".encode())
             digest.update(image)
         return digest.hexdigest()
@@ -271,26 +308,3 @@ def encode_png(pixels: np.ndarray) -> bytes:
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "PNG")
     return encoded.getvalue()
-
-
-def load_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
-    """Reads a prepared split into memory, sorted by name. Needs TensorFlow for TFRecord alone."""
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    examples: list[dict[str, Any]]
-    if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-        source = builder.as_data_source(split, decoders=decoders)
-        examples = [source[i] for i in range(len(source))]
-    else:  # as `tfds build --file_format=tfrecord` writes it; as_dataset, in turn, refuses array_record
-        try:
-            examples = list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders)))
-        except ImportError as error:
-            raise UserError(f"{builder.data_path} is in the format {builder.info.file_format.value}, which needs "
-                            "TensorFlow to be read: install it, or remove the folder and prepare it again") from error
-    examples.sort(key=lambda example: example["name"])
-    return Split(
-        dataset="/".join([builder.name, *([builder.builder_config.name] if builder.builder_config else [])]),
-        images=[example["image"] for example in examples],
-        identities=np.array([example["identity"] for example in examples], np.int64),
-        cameras=np.array([example["camera"] for example in examples], np.int64),
-        names=np.array([example["name"].decode() for example in examples]),
-    )
