@@ -1,23 +1,27 @@
-"""tf.data over TFDS examples, for what does not fit on the devices: from indices to decoded batches.
+"""tf.data over encoded images, for what does not fit on the devices: from indices to decoded batches.
 
-The encoded images stay in memory and every batch is named by its indices, so that any step can be the first. TensorFlow
-is imported inside the functions only.
+Every batch is named by its indices, so that any step can be the first, and its images are read, from memory or from
+disk, when it is due. TensorFlow is imported inside the functions only.
 """
 
-from collections.abc import Iterator
+import collections
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jlml_jax.datasets.base import Split, decode_image
+from jlml_jax.datasets.stored import StoredImages
 from jlml_jax.errors import UserError
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_BATCHES_AHEAD = 2  # read, and as many decoded
 
 
 def decode_batches(split: Split, batches: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
     """uint8 [b, height, width, 3] for every array of indices [b]; the same pixels as `device_data` to a few levels.
 
-    All arrays must be of one length. Decoding runs in parallel and ahead of the consumer, in order.
+    All arrays must be of one length. Reading and decoding run in parallel and ahead of the consumer, in order.
     """
     try:
         import tensorflow as tf
@@ -26,43 +30,59 @@ def decode_batches(split: Split, batches: Iterator[np.ndarray], height: int, wid
                         "pip install tensorflow-cpu, or use --config.data.loader=device") from error
 
     tf.config.set_visible_devices([], "GPU")  # its allocator would take the memory that JAX needs
-    encoded = tf.constant(list(split.images))
-
-    for image, name in zip(split.images, split.names, strict=True):
-        if not image.startswith((_JPEG, _PNG)):  # TensorFlow refuses some other formats and misreads some
-            raise UserError(f"{split.dataset}: {name} is neither JPEG nor PNG, which is all that data.loader=tf_data "
-                            "reads; use --config.data.loader=device")
-
-    def read(image):
-        return tf.cond(
-            tf.io.is_jpeg(image),
-            lambda: tf.io.decode_jpeg(image, channels=3, dct_method="INTEGER_ACCURATE"),  # as Pillow does
-            lambda: tf.io.decode_png(image, channels=3))
-
-    def decode(index):
-        image = tf.image.resize(read(encoded[index]), (height, width), antialias=True)
-        return tf.saturate_cast(tf.round(image), tf.uint8)
+    if not isinstance(split.images, StoredImages):  # those are checked batch by batch, as they are read
+        _check_formats(split, range(len(split)), split.images)
 
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         return
+    pending = collections.deque()  # batches that are read and not yet given to the consumer
+    failures = []  # what went wrong in encoded_batches; tf.data passes on its text alone
 
-    def indices():
-        yield first
-        yield from batches
+    def encoded_batches():
+        try:
+            for indices in itertools.chain([first], batches):
+                images = split.read(indices)
+                _check_formats(split, indices, images)
+                pending.append(indices)
+                yield np.array(images, object)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    def decode(encoded):
+        image = tf.cond(
+            tf.io.is_jpeg(encoded),
+            lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),  # as Pillow does
+            lambda: tf.io.decode_png(encoded, channels=3))
+        image = tf.image.resize(image, (height, width), antialias=True)
+        return tf.saturate_cast(tf.round(image), tf.uint8)
 
     dataset = (
-        tf.data.Dataset.from_generator(indices, output_signature=tf.TensorSpec((len(first),), tf.int64))
+        tf.data.Dataset.from_generator(encoded_batches, output_signature=tf.TensorSpec((len(first),), tf.string))
+        .prefetch(_BATCHES_AHEAD)
         .unbatch()
         .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .batch(len(first), drop_remainder=True, num_parallel_calls=tf.data.AUTOTUNE)
-        .prefetch(2)
+        .prefetch(_BATCHES_AHEAD)
     )
     try:
-        yield from dataset.as_numpy_iterator()
-    except tf.errors.InvalidArgumentError as error:
-        for image, name in zip(split.images, split.names, strict=True):
-            decode_image(image, f"{split.dataset}: {name}")  # names the one that does not decode
+        for images in dataset.as_numpy_iterator():
+            pending.popleft()
+            yield images
+    except tf.errors.OpError as error:
+        for index in itertools.chain(*pending):
+            decode_image(split.images[index], f"{split.dataset}: {split.names[index]}")  # names what does not decode
+        if failures:
+            raise failures[0] from None
         raise UserError(f"TensorFlow does not decode an image of {split.dataset} that Pillow does ({error.message}); "
                         "use --config.data.loader=device") from error
+
+
+def _check_formats(split: Split, indices: Sequence[int], images: Sequence[bytes]) -> None:
+    """A UserError if one of `images`, those of `split` at `indices`, is of a format that TensorFlow may misread."""
+    for index, image in zip(indices, images, strict=True):
+        if not image.startswith((_JPEG, _PNG)):
+            raise UserError(f"{split.dataset}: {split.names[index]} is neither JPEG nor PNG, which is all that "
+                            "data.loader=tf_data reads; use --config.data.loader=device")

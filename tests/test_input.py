@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from configs import default
 from jlml_jax import device_data, input_pipeline, parallel, sampling
 from jlml_jax.augment import augment, normalise
 from jlml_jax.datasets.base import Split, decode_image
+from jlml_jax.datasets.stored import StoredImages
 from jlml_jax.errors import UserError
 
 ROWS, WHOLE = PartitionSpec("batch"), PartitionSpec()
@@ -196,9 +198,26 @@ def test_batches_decoded_on_the_host(jpegs):
 
 # --- input_pipeline
 
+class Examples(list):
+    """As TFDS's data sources: reads many at once, too."""
+
+    def __getitems__(self, keys):
+        return [self[key] for key in keys]
+
+
+def on_disk(split):
+    images = StoredImages(Examples({"image": image} for image in split.images), np.zeros((len(split), 32), np.uint8))
+    return dataclasses.replace(split, images=images)
+
+
+def unchanged(split):
+    return split
+
+
+@pytest.mark.parametrize("where", [unchanged, on_disk])
 @pytest.mark.parametrize("name", ["jpegs", "mixed"])
-def test_tf_data_decodes_what_pillow_does_in_order(name, request):
-    split = request.getfixturevalue(name)
+def test_tf_data_decodes_what_pillow_does_in_order(name, where, request):
+    split = where(request.getfixturevalue(name))
     batches = [*BATCHES, *np.arange(len(split) // 3 * 3).reshape(-1, 3), np.arange(len(split))[-3:]]
     expected = device_data.decode_batches(split, iter(batches), 64, 32)
     for ours, theirs in zip(input_pipeline.decode_batches(split, iter(batches), 64, 32), expected, strict=True):
@@ -211,8 +230,13 @@ def test_tf_data_decodes_what_pillow_does_in_order(name, request):
 def test_tf_data_refuses_formats_that_tensorflow_reads_otherwise(jpegs):
     for kind in ("BMP", "TIFF"):
         other = dataclasses.replace(jpegs, images=[*jpegs.images[:-1], encode(drawing(70, 36), kind)])
-        with pytest.raises(UserError, match=r"test: 005.png is neither JPEG nor PNG.*data.loader=device"):
+        message = r"test: 005.png is neither JPEG nor PNG.*data.loader=device"
+        with pytest.raises(UserError, match=message):  # before the first step
             list(input_pipeline.decode_batches(other, iter([np.arange(3)]), 64, 32))
+        decoded = input_pipeline.decode_batches(on_disk(other), iter([np.arange(3), np.arange(3, 6)]), 64, 32)
+        assert next(decoded).shape == (3, 64, 32, 3)
+        with pytest.raises(UserError, match=message):  # once it is read
+            next(decoded)
 
 
 def test_sixteen_bits_a_channel_are_refused():
@@ -222,11 +246,42 @@ def test_sixteen_bits_a_channel_are_refused():
         decode_image(file.getvalue(), "deep.png")
 
 
-def test_tf_data_names_the_image_that_does_not_decode(jpegs):
+@pytest.mark.parametrize("where", [unchanged, on_disk])
+def test_tf_data_names_the_image_that_does_not_decode(jpegs, where):
     for broken in (b"\xff\xd8\xff no image", jpegs.images[1][:200]):
-        split = dataclasses.replace(jpegs, images=[jpegs.images[0], broken, *jpegs.images[2:]])
+        split = where(dataclasses.replace(jpegs, images=[jpegs.images[0], broken, *jpegs.images[2:]]))
+        decoded = input_pipeline.decode_batches(split, iter([*[np.array([0, 4, 3])] * 9, np.arange(3)]), 64, 32)
+        for _ in range(9):
+            assert next(decoded).shape == (3, 64, 32, 3)
         with pytest.raises(UserError, match="test: 001.png"):
-            list(input_pipeline.decode_batches(split, iter([np.arange(3)]), 64, 32))
+            next(decoded)
+
+
+def test_tf_data_passes_on_what_fails_while_reading(jpegs):
+    def batches():
+        yield np.arange(3)
+        raise LookupError("no more")
+
+    decoded = input_pipeline.decode_batches(jpegs, batches(), 64, 32)
+    assert next(decoded).shape == (3, 64, 32, 3)
+    with pytest.raises(LookupError, match="no more"):
+        next(decoded)
+
+
+def test_tf_data_reads_a_few_batches_ahead_and_no_more(jpegs):
+    read = []
+
+    def batches():
+        for number in range(2000):
+            read.append(number)
+            yield np.arange(3)
+
+    decoded = input_pipeline.decode_batches(on_disk(jpegs), batches(), 64, 32)
+    for _ in range(5):
+        next(decoded)
+    time.sleep(0.3)  # a reader without a bound would have come far
+    assert 5 < len(read) < 50
+    decoded.close()
 
 
 def test_tf_data_without_tensorflow_says_what_to_do(jpegs, monkeypatch):
