@@ -18,6 +18,7 @@ _BUILDERS = {
     "grid": "jlml_jax.datasets.grid:Grid",
     "market1501": "jlml_jax.datasets.market1501:Market1501",
     "synthetic_pedestrians": "jlml_jax.datasets.synthetic_pedestrians:SyntheticPedestrians",
+    "tiny_imagenet": "jlml_jax.datasets.tiny_imagenet:TinyImagenet",
     "viper": "jlml_jax.datasets.viper:Viper",
 }
 
