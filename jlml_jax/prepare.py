@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import Crop, count, decode_image, first_few
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, count, decode_image, first_few
 from jlml_jax.errors import UserError, exit_status
 
 _EXAMPLE = """example:
@@ -91,6 +91,8 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
         raise UserError(f"{name} is drawn, not read: leave out --source")
     if drawn and incomplete is not None:
         raise UserError(f"{name} is drawn, nothing of it can be missing: leave out --incomplete")
+    if incomplete is not None and not drawn and not isinstance(dataset, BenchmarkBuilder):
+        raise UserError(f"{name} is built from whole archives alone: leave out --incomplete")
     if incomplete is not None and len(incomplete.strip().splitlines()) != 1:
         raise UserError("--incomplete needs one line that says why, such as --incomplete='resized to 64x128'")
     if not drawn and not source:
@@ -103,6 +105,9 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
     root = Path(dataset.data_dir_root)
     if drawn:
         check_room(root, 0)
+    elif not isinstance(dataset, BenchmarkBuilder):  # TFDS's own, which checks the archives while it reads them
+        source = Path(source).expanduser()
+        check_room(root, int(1.1 * dataset.check_archives(source)))
     else:
         source = Path(source).expanduser()
         try:
@@ -128,10 +133,10 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
 
     print(f"writing {dataset.data_path}")
     try:
-        if drawn:
-            dataset.build()
-        else:
+        if isinstance(dataset, BenchmarkBuilder):
             dataset.build(source, (incomplete or "").strip())
+        else:
+            dataset.build(source)
     except (OSError, RuntimeError) as error:
         # array_record tells of a full disk, and the like, as RuntimeError("... write() failed: No space left ...").
         if isinstance(error, RuntimeError) and "() failed: " not in str(error):

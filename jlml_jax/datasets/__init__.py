@@ -16,6 +16,7 @@ _BUILDERS = {
     "cuhk03/labeled": "jlml_jax.datasets.cuhk03:Cuhk03",
     "folder/NAME": "jlml_jax.datasets.folder:Folder",  # NAME is the user's own
     "grid": "jlml_jax.datasets.grid:Grid",
+    "imagenet2012": "jlml_jax.datasets.imagenet:Imagenet2012",
     "market1501": "jlml_jax.datasets.market1501:Market1501",
     "synthetic_pedestrians": "jlml_jax.datasets.synthetic_pedestrians:SyntheticPedestrians",
     "tiny_imagenet": "jlml_jax.datasets.tiny_imagenet:TinyImagenet",
