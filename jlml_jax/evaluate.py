@@ -236,14 +236,15 @@ def mean_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(tuple(row.get(field) for field in _NOT_AVERAGED), []).append(row)
     means = []
     for group in groups.values():
+        if len(group) == 1:
+            continue
         mean = group[0] | {"trial": "mean", "trials": [row["trial"] for row in group]}
         for score in SCORES:
             values = [row[score] for row in group]
             mean |= {score: float(np.mean(values)), f"{score}_std": float(np.std(values, ddof=1))}
         for count in ("num_queries", "num_gallery"):
             mean[count] = float(np.mean([row[count] for row in group]))
-        if len(group) > 1:
-            means.append(mean)
+        means.append(mean)
     return means
 
 

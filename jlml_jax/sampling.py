@@ -15,23 +15,28 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return num_images // batch_size
 
 
-def batch_indices(seed: int, step: jax.Array | int, num_images: int, batch_size: int) -> jax.Array:
-    """Indices int32 [batch_size] of the images of the global batch at `step` (0 and up).
+def epoch_order(seed: int, epoch: jax.Array | int, num_images: int) -> jax.Array:
+    """The order of the images in an epoch, int32 [num_images]. May be traced; the same on every backend."""
+    return jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), num_images)
 
-    Every epoch is a fresh permutation, drawn from (seed, epoch). May be traced; gives the same on every backend.
-    """
+
+def batch_indices(seed: int, step: jax.Array | int, num_images: int, batch_size: int) -> jax.Array:
+    """Indices int32 [batch_size] of the images of the global batch at `step` (0 and up). May be traced."""
     epoch, position = divmod(step, steps_per_epoch(num_images, batch_size))
-    order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), num_images)
-    return jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
+    return jax.lax.dynamic_slice_in_dim(epoch_order(seed, epoch, num_images), position * batch_size, batch_size)
 
 
 def training_batches(seed: int, first_step: int, last_step: int, num_images: int,
                      batch_size: int) -> Iterator[np.ndarray]:
-    """The indices of the batches of steps `first_step` to `last_step` - 1, on the host."""
-    draw = jax.jit(batch_indices, static_argnums=(0, 2, 3))
+    """The `batch_indices` of steps `first_step` to `last_step` - 1, on the host, which draws an epoch's order once."""
+    draw = jax.jit(epoch_order, static_argnums=(0, 2))
     host = jax.local_devices(backend="cpu")[0]  # leaves the accelerator to the training steps
+    drawn = None
     for step in range(first_step, last_step):
-        yield np.asarray(draw(seed, jax.device_put(np.int32(step), host), num_images, batch_size))
+        epoch, position = divmod(step, steps_per_epoch(num_images, batch_size))
+        if epoch != drawn:
+            order, drawn = np.asarray(draw(seed, jax.device_put(np.int32(epoch), host), num_images)), epoch
+        yield order[position * batch_size:(position + 1) * batch_size]
 
 
 def evaluation_batches(num_images: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -322,9 +323,9 @@ def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
         while True:
             yield placed
     rows = parallel.process_slice(train.batch_size)
-    indices = [batch[rows] for batch in sampling.training_batches(
-        run.config.seed, first_step, train.steps, len(images), train.batch_size)]
-    decoded = input_pipeline.decode_batches(images, iter(indices), data.height, data.width)
+    indices, to_decode = itertools.tee(batch[rows] for batch in sampling.training_batches(
+        run.config.seed, first_step, train.steps, len(images), train.batch_size))
+    decoded = input_pipeline.decode_batches(images, to_decode, data.height, data.width)
     for batch, batch_images in zip(indices, decoded, strict=True):
         yield parallel.shard_batch((batch_images, labels[batch].astype(np.int32)), run.mesh)
 

@@ -1,45 +1,13 @@
 """The Tiny-ImageNet builder, on a miniature of the original layout."""
 
-import io
 import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from tiny_imagenet_miniature import VALIDATION, WNIDS, write_annotations, write_tiny_imagenet
 
 from jlml_jax import datasets, prepare
-from jlml_jax.datasets.tiny_imagenet import ANNOTATIONS, CLASSES, ROOT, WORDS, TinyImagenet
-
-WNIDS = ["n02124075", "n04067472", "n01443537"]  # in no order, as in the original
-VALIDATION = dict(zip((f"val_{number}.JPEG" for number in (0, 1, 2, 10, 11, 3)), WNIDS * 2, strict=True))
-
-
-def write_image(path, mode="RGB"):
-    pixels = np.random.default_rng(list(path.name.encode())).integers(0, 255, (64, 64, 3), np.uint8)
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(encoded, "JPEG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded.getvalue())
-
-
-def write_tiny_imagenet(folder):
-    """Writes the miniature into `folder` and returns its counts, in the form of `TinyImagenet.EXPECTED`."""
-    for wnid in WNIDS:
-        for number in (0, 1, 10, 499):
-            write_image(folder / "train" / wnid / "images" / f"{wnid}_{number}.JPEG", "L" if number == 10 else "RGB")
-        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t10\t63\t58\n")
-    for name in VALIDATION:
-        write_image(folder / "val" / "images" / name)
-    write_image(folder / "test" / "images" / "test_0.JPEG")
-    write_annotations(folder, VALIDATION)
-    (folder / CLASSES).write_text("".join(f"{wnid}\n" for wnid in WNIDS))
-    (folder / WORDS).write_text("n00001740\tentity\nn01443537\tgoldfish, Carassius auratus\nn02124075\tEgyptian cat\n")
-    return {"train": {"images": 12, "identities": 3, "cameras": 1},
-            "validation": {"images": 6, "identities": 3, "cameras": 1}}
-
-
-def write_annotations(folder, wnids):
-    (folder / ANNOTATIONS).write_text("".join(f"{name}\t{wnid}\t0\t32\t44\t62\n" for name, wnid in wnids.items()))
+from jlml_jax.datasets.tiny_imagenet import ANNOTATIONS, ROOT, TinyImagenet
 
 
 @pytest.fixture

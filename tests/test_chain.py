@@ -1,0 +1,216 @@
+"""The paper's chain of pre-training in miniature, trials, and evaluation on other data sets."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from market1501_miniature import write_market1501
+from miniatures import write_cuhk03, write_grid, write_viper
+from tiny_imagenet_miniature import write_tiny_imagenet
+
+from jlml_jax import datasets, models, optim, parallel, protocols, train
+from jlml_jax.checkpoints import load_run
+from jlml_jax.datasets.cuhk03 import Cuhk03
+from jlml_jax.datasets.grid import Grid
+from jlml_jax.datasets.market1501 import Market1501
+from jlml_jax.datasets.tiny_imagenet import TinyImagenet
+from jlml_jax.datasets.viper import Viper
+from jlml_jax.errors import UserError
+from jlml_jax.train import train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """All data sets of the chain, in miniature."""
+    originals, data_dir = tmp_path_factory.mktemp("originals"), tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        cuhk03 = write_cuhk03(originals / "cuhk03")
+        patch.setattr(Cuhk03, "EXPECTED", property(lambda builder: cuhk03.counts(builder.builder_config.name)))
+        for builder, name, write in ((Viper, "viper", write_viper), (Grid, "grid", write_grid),
+                                     (Market1501, "market1501", write_market1501),
+                                     (TinyImagenet, "tiny_imagenet", write_tiny_imagenet)):
+            patch.setattr(builder, "EXPECTED", write(originals / name))
+        for name in ("cuhk03/labeled", "grid", "market1501", "tiny_imagenet", "viper"):
+            datasets.builder(name, data_dir).build(originals / name.partition("/")[0])
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def link(tiny_config, data_dir):
+    """The config of a link of the chain: two steps."""
+    def config(name, init_from="", **fields):
+        config = tiny_config.copy_and_resolve_references()
+        config.name, config.data.name, config.data.data_dir = name.replace("/", "_"), name, str(data_dir)
+        config.init_from, config.train.steps, config.train.batch_size = str(init_from), 2, 4
+        config.log_every, config.evaluate.picture = 1, False
+        config.model.num_strips, config.model.global_widths, config.model.local_widths = 1, (4,), (4,)
+        config.update_from_flattened_dict(fields)
+        return config
+    return config
+
+
+@pytest.fixture
+def pretrained(link, runs):
+    """A run on Tiny-ImageNet; trained by the first test that asks for it, and finished for the others."""
+    train_and_evaluate(link("tiny_imagenet"), runs / "imagenet", "train")
+    return runs / "imagenet"
+
+
+@pytest.fixture
+def both(link, runs, pretrained):
+    """The next link: all people of CUHK03 and Market-1501."""
+    train_and_evaluate(link("cuhk03/labeled+market1501", pretrained), runs / "both", "train")
+    return runs / "both"
+
+
+def leaves(variables, identity):
+    """Arrays by path, of the identity layers alone or of all others."""
+    return {jax.tree_util.keystr(path): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(variables) if models.is_identity_layer(path[0].key) == identity}
+
+
+def first_state(config, trial):
+    """The state before the first step."""
+    model = models.build_model(config, len(trial.identities()))
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
+    return train.init_state(config, model, optimizer, parallel.make_mesh(), load_run(config.init_from))
+
+
+def assert_taken_over(parent, params, batch_stats):
+    for part, arrays in (("params", params), ("batch_stats", batch_stats)):
+        theirs, ours = leaves(parent.variables[part], identity=False), leaves(arrays, identity=False)
+        assert len(ours) >= 20 and theirs.keys() == ours.keys()
+        for name, leaf in ours.items():
+            np.testing.assert_array_equal(leaf, theirs[name], err_msg=name)
+
+
+def test_pre_training_is_judged_by_its_validation_images(link, pretrained):
+    rows = train_and_evaluate(link("tiny_imagenet"), pretrained, "evaluate")
+    assert [row["feature"] for row in rows] == ["global", "local"]
+    for row in rows:
+        assert (row["dataset"], row["protocol"], row["num_images"], row["num_classes"]) == (
+            "tiny_imagenet", "classification", 6, 3)
+        assert 0 <= row["top1"] <= row["top5"] == 1  # of three classes
+
+
+def test_weights_arrive_link_by_link(link, runs, pretrained, both, capsys):
+    """With a learning rate of 0 a run ends with the weights that it began with."""
+    union = link("cuhk03/labeled+market1501", pretrained)
+    state = first_state(union, protocols.load(union.data.name, union.data).trial(0))
+    assert_taken_over(load_run(pretrained), state.params, state.batch_stats)
+
+    people = load_run(both).label_map["identities"]
+    assert {name: len(identities) for name, identities in people.items()} == {"cuhk03/labeled": 120, "market1501": 8}
+    assert load_run(both).variables["params"]["global_identity"]["kernel"].shape == (16, 128)
+    assert load_run(both).label_map["init_from"] == load_run(pretrained).label_map
+
+    config = link("viper", both, **{"data.trials": "0-1", "optim.learning_rate": 0.0})
+    capsys.readouterr()
+    rows = train_and_evaluate(config, runs / "viper")
+    output = capsys.readouterr().out
+    assert f"weights of {both}, step 2, trained on cuhk03/labeled+market1501; the identity layers are new" in output
+    for folder in ("trial-00", "trial-01"):
+        run = load_run(runs / "viper" / folder)
+        theirs, ours = (leaves(variables["params"], identity=False)
+                        for variables in (load_run(both).variables, run.variables))
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs.keys() | ours.keys())
+        assert run.variables["params"]["global_identity"]["kernel"].shape == (16, 2)
+    assert [(row["trial"], row["feature"]) for row in rows] == [
+        (trial, feature) for trial in (0, 1, "mean") for feature in ("global", "local", "joint")]
+    for row in rows[6:]:
+        values = [other["rank1"] for other in rows[:6] if other["feature"] == row["feature"]]
+        assert row["rank1"] == pytest.approx(np.mean(values)) and row["rank1_std"] == pytest.approx(
+            np.std(values, ddof=1))
+    written = json.loads((runs / "viper" / "results.json").read_text())
+    assert written["rows"] == rows and written["provenance"]["versions"]
+
+    rows = train_and_evaluate(link("grid", both), runs / "grid")
+    assert load_run(runs / "grid" / "trial-00").label_map["init_from"] == load_run(both).label_map
+    assert {(row["dataset"], row["num_queries"], row["num_gallery"]) for row in rows} == {("grid", 3, 6)}
+    train_and_evaluate(link("market1501", pretrained), runs / "market", "train")
+    assert load_run(runs / "market").label_map["init_from"] == load_run(pretrained).label_map
+
+
+def test_a_run_does_without_the_one_it_started_from(link, runs, tmp_path, pretrained):
+    parent = tmp_path / "parent"
+    pretrained.rename(parent)
+    try:
+        config = link("market1501", parent)
+        train_and_evaluate(config, tmp_path / "run", "train")
+    finally:
+        parent.rename(pretrained)
+    before = load_run(tmp_path / "run").label_map
+    rows = train_and_evaluate(config, tmp_path / "run")  # finished: the weights are its own
+    assert {row["protocol"] for row in rows} == {"single-query", "multi-query"}
+    assert load_run(tmp_path / "run").label_map == before
+
+
+def test_trials_are_added_and_resumed_one_by_one(link, tmp_path, capsys):
+    config = link("viper")
+    first = train_and_evaluate(config, tmp_path / "run")
+    assert {row["trial"] for row in first} == {0}
+    assert "no pre-trained weights were given" in capsys.readouterr().out
+    config.data.trials = "0-1"
+    rows = train_and_evaluate(config, tmp_path / "run")
+    output = capsys.readouterr().out
+    assert f"the run in {tmp_path / 'run' / 'trial-00'} is finished: 2 steps" in output
+    assert "mean of 2 trials and standard deviation" in output
+    assert rows[:3] == first and {row["trial"] for row in rows} == {0, 1, "mean"}
+    config.data.trials = "1"
+    assert train_and_evaluate(config, tmp_path / "run", "evaluate") == rows  # those of all trials that are there
+    config.optim.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"run holds a run with another config: optim.learning_rate"):
+        train_and_evaluate(config, tmp_path / "run")
+    with pytest.raises(UserError, match="holds several trials; give one of them"):
+        load_run(tmp_path / "run")
+
+
+def test_a_run_is_evaluated_on_other_data_sets(link, runs, pretrained):
+    config = link("tiny_imagenet", **{"evaluate.datasets": "viper,cuhk03/labeled,market1501"})
+    rows = train_and_evaluate(config, pretrained, "evaluate")
+    others = [row for row in rows if row["dataset"] != "tiny_imagenet"]
+    assert all(row["trained_on"] == "tiny_imagenet" for row in others)
+    trials = {name: {row["trial"] for row in others if row["dataset"] == name}
+              for name in ("viper", "cuhk03/labeled", "market1501")}
+    assert trials == {"viper": {*range(10), "mean"}, "cuhk03/labeled": {*range(20), "mean"}, "market1501": {0}}
+
+
+@pytest.mark.parametrize(("tested", "message"), [
+    ("market1501", "4 of the 4 test identities of market1501, trial 0 .such as 1., were trained on"),
+    ("tiny_imagenet", "evaluate.datasets='tiny_imagenet' has no queries and gallery"),
+    ("mars", "unknown data set 'mars'"),
+])
+def test_tests_that_mean_nothing_are_refused_before_training(link, tmp_path, tested, message):
+    config = link("cuhk03/labeled+market1501", **{"evaluate.datasets": tested})
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_people_seen_earlier_in_the_chain_are_refused(link, tmp_path, both):
+    with pytest.raises(UserError, match="test identities of market1501.* trained on with cuhk03/labeled.market1501"):
+        train_and_evaluate(link("market1501", both), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"model.depth": 2}, r"is a run of another network: model.depth \(1 there, 2 here\)"),
+    ({"init_from": "nowhere"}, "nowhere is not a run's folder"),
+])
+def test_a_run_that_cannot_be_started_from_is_refused(link, tmp_path, pretrained, fields, message):
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(link("market1501", **{"init_from": str(pretrained)} | fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_set_of_test_images_alone_is_not_trained_on(link, tmp_path, monkeypatch):
+    trial = protocols.Trial("folder/shop", "single-query")
+    monkeypatch.setattr(protocols, "load", lambda name, data: protocols.Protocol(1, lambda number: trial))
+    with pytest.raises(UserError, match="folder/shop has no training images; evaluate a run trained on others"):
+        train_and_evaluate(link("folder/shop"), tmp_path / "run")
