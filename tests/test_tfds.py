@@ -10,12 +10,14 @@ import pytest
 import tensorflow_datasets as tfds
 from market1501_miniature import write_market1501
 from miniatures import write_cuhk03, write_grid, write_viper
+from test_tiny_imagenet import write_tiny_imagenet
 
 from jlml_jax import datasets, prepare
 from jlml_jax.datasets import synthetic_pedestrians
 from jlml_jax.datasets.cuhk03 import ROOT, Cuhk03
 from jlml_jax.datasets.grid import Grid
 from jlml_jax.datasets.market1501 import Market1501
+from jlml_jax.datasets.tiny_imagenet import TinyImagenet
 from jlml_jax.datasets.viper import Viper
 
 
@@ -72,6 +74,15 @@ class Cuhk03DetectedTest(OnMiniature, tfds.testing.DatasetBuilderTestCase):
 class Cuhk03LabeledTest(Cuhk03DetectedTest):
     BUILDER_CONFIG_NAMES_TO_TEST = ["labeled"]
     SPLITS = {"crops": 275}
+
+
+class TinyImagenetTest(OnMiniature, tfds.testing.DatasetBuilderTestCase):
+    DATASET_CLASS = TinyImagenet
+    SPLITS = {"train": 12, "validation": 6}
+
+    @classmethod
+    def draw(cls, folder):
+        write_tiny_imagenet(folder)
 
 
 class SyntheticPedestriansTest(OnMiniature, tfds.testing.DatasetBuilderTestCase):
