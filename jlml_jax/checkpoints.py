@@ -20,11 +20,11 @@ FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_ev
 _LABEL_MAP, _CONFIG = "label_map.json", "config.json"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a whole file or nothing: a reader never sees half of it."""
     part = path.with_name(path.name + ".part")
-    with open(part, "w") as file:
-        file.write(text)
+    with open(part, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

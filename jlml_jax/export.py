@@ -1,0 +1,243 @@
+"""Exports a run for use without jlml_jax: crops in, matching features out, as ONNX or as StableHLO.
+
+The weights, the normalisation of the pixels and that of the features are inside. Before the file is written, its
+features of drawn people are compared with the run's own.
+"""
+
+import argparse
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax import export as jax_export
+from PIL import Image
+
+from jlml_jax import provenance
+from jlml_jax.augment import normalise
+from jlml_jax.checkpoints import SavedRun, load_run, write_atomically
+from jlml_jax.datasets import synthetic_drawing
+from jlml_jax.errors import UserError, exit_status
+from jlml_jax.evaluate import check_normalize, matching_features
+from jlml_jax.models import build_model
+
+FORMATS = ("onnx", "stablehlo")
+INPUTS = {
+    "uint8_nhwc": "RGB crops as they are decoded, 0 to 255; the graph subtracts the mean and divides by std",
+    "float32_nchw": "RGB crops, (pixel / 255 - mean) / std by channel; the graph does not normalise them again",
+}
+PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-4  # of the features, relative to their norm
+BATCH_SIZES = (1, 5)  # that are tried
+
+_EXAMPLE = """example:
+  python -m jlml_jax.export --workdir=runs/synthetic --format=onnx --output=jlml.onnx
+"""
+
+Embed = Callable[[np.ndarray], np.ndarray]  # images as the exported graph takes them -> features float32 [B, dim]
+
+
+def export_run(workdir: str | Path, file_format: str, output: str | Path, signature: str = "uint8_nhwc") -> None:
+    """Writes the run in `workdir` to the file `output`, and prints what it takes and gives.
+
+    Both formats map `images`, of any batch size and of the run's height and width, to `features` float32 [batch, dim]:
+    the feature to match by, normalised as `config.evaluate.normalize` says.
+
+    Args:
+        workdir: folder of a trained run.
+        file_format: "onnx" (metadata: `metadata_props`, each value JSON), or "stablehlo" (a zip archive of `exported`,
+            for `jax.export.deserialize`, and `metadata.json`), for the platforms cpu, cuda and tpu.
+        output: the file; an existing one is replaced.
+        signature: "uint8_nhwc", images uint8 [batch, height, width, 3], or "float32_nchw", images float32
+            [batch, 3, height, width], already normalised.
+
+    Raises:
+        UserError: the run does not load, `output` cannot be written, onnx is not installed, or the exported features
+            differ from the run's by more than 1e-4 of their norm. Nothing is written then.
+    """
+    output = Path(output)
+    if file_format not in FORMATS:
+        raise UserError(f"--format={file_format} is unknown; known are {', '.join(FORMATS)}")
+    if signature not in INPUTS:
+        raise UserError(f"--input={signature} is unknown; known are {', '.join(INPUTS)}")
+    if output.is_dir() or not output.parent.is_dir():
+        what = "is a folder" if output.is_dir() else f"cannot be written: {output.parent} is not a folder"
+        raise UserError(f"--output={output} {what}; give a file in a folder that exists")
+    build = _onnx_builder() if file_format == "onnx" else _build_stablehlo
+
+    run = load_run(workdir)
+    check_normalize(run.config.evaluate.normalize)
+    # By default GPUs and TPUs multiply with 10 bits of mantissa or fewer, which misses the tolerance by itself.
+    with jax.default_matmul_precision("highest"):
+        images = _drawn_crops(max(BATCH_SIZES), run.config.data)
+        expected = _features_of_run(run, images)
+        metadata = _describe(run, Path(workdir), signature, expected.shape[1])
+        content, embed = build(run, signature, metadata)
+    error = _max_relative_error(embed, _as_input(images, signature, run.config.data), expected)
+    if not error <= TOLERANCE:  # NaN is no agreement either
+        raise UserError(f"the features that the {file_format} graph of {workdir} gives differ from the run's by "
+                        f"{error:.1e} of their norm, {TOLERANCE:.0e} is allowed; {output} is not written")
+    try:
+        write_atomically(output, content)
+    except OSError as failure:
+        raise UserError(f"cannot write --output={output} ({failure.strerror}); make room or give another") from failure
+    takes, gives = metadata["input"], metadata["output"]
+    print(f"wrote {output}, {len(content) / 1e6:.1f} MB, from step {run.step} of {workdir}\n"
+          f"takes {takes['name']}: {takes['dtype']} {takes['shape']}: {takes['values']}\n"
+          f"mean {metadata['mean']}, std {metadata['std']} of pixel / 255\n"
+          f"gives {gives['name']}: {gives['dtype']} {gives['shape']}, normalize {gives['normalize']}\n"
+          f"agrees with the run on {max(BATCH_SIZES)} drawn people to {error:.1e} of the features' norm")
+
+
+def _embed(run: SavedRun, variables: Any, images: jax.Array) -> jax.Array:
+    """What is exported: images [B, H, W, 3], uint8 or normalised float32, to the matching feature [B, dim]."""
+    if images.dtype == jnp.uint8:
+        images = normalise(images, run.config.data)
+    model = build_model(run.config, 0).clone(native=True)
+    features = list(model.apply(variables, images)["features"].values())
+    # As evaluate.matching_features, which is NumPy's; the comparison before writing holds the two together.
+    if run.config.evaluate.normalize == "per_branch":
+        features = [_unit(values) for values in features]
+    joint = jnp.concatenate(features, axis=1)
+    return _unit(joint) if run.config.evaluate.normalize == "joint" else joint
+
+
+def _unit(features: jax.Array) -> jax.Array:
+    return features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def _symbolic_images(run: SavedRun, signature: str) -> jax.ShapeDtypeStruct:
+    """[batch, H, W, 3], whatever the signature's layout."""
+    batch, = jax_export.symbolic_shape("batch")
+    return jax.ShapeDtypeStruct((batch, run.config.data.height, run.config.data.width, 3),
+                                signature.partition("_")[0])
+
+
+def _onnx_builder() -> Callable[[SavedRun, str, dict[str, Any]], tuple[bytes, Embed]]:
+    """Imports what ONNX needs, which is an extra, before anything is loaded or traced."""
+    try:
+        import onnx
+        import onnxruntime
+
+        from jlml_jax import onnx_graph
+    except ImportError as error:
+        raise UserError(f"--format=onnx needs onnx and onnxruntime ({error}); pip install -e '.[onnx]'") from error
+
+    def build(run, signature, metadata):
+        variables = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), run.variables)
+        jaxpr = jax.make_jaxpr(lambda variables, images: _embed(run, variables, images))(
+            variables, _symbolic_images(run, signature))
+        model = onnx_graph.convert(jaxpr, jax.tree.leaves(run.variables), nchw=signature == "float32_nchw")
+        metadata["provenance"]["versions"] |= {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+        onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
+        onnx.checker.check_model(model, full_check=True)
+        content = model.SerializeToString()
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        return content, lambda images: session.run(["features"], {"images": images})[0]
+
+    return build
+
+
+def _build_stablehlo(run: SavedRun, signature: str, metadata: dict[str, Any]) -> tuple[bytes, Embed]:
+    images = _symbolic_images(run, signature)
+    nchw = signature == "float32_nchw"
+
+    def features(images):
+        return _embed(run, run.variables, images.transpose(0, 2, 3, 1) if nchw else images)
+
+    if nchw:
+        batch, height, width, channels = images.shape
+        images = jax.ShapeDtypeStruct((batch, channels, height, width), images.dtype)
+    exported = jax_export.export(jax.jit(features), platforms=PLATFORMS)(images).serialize()
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("exported", exported)
+        file.writestr("metadata.json", json.dumps(metadata, indent=1))
+    call = jax.jit(jax_export.deserialize(exported).call)
+    return archive.getvalue(), lambda images: np.asarray(call(images))
+
+
+def _describe(run: SavedRun, workdir: Path, signature: str, dim: int) -> dict[str, Any]:
+    """The metadata, JSON: what goes in and comes out, and where it comes from."""
+    data = run.config.data
+    shape = (["batch", data.height, data.width, 3] if signature == "uint8_nhwc" else
+             ["batch", 3, data.height, data.width])
+    metadata = {
+        "input": {"name": "images", "dtype": signature.partition("_")[0], "shape": shape, "values": INPUTS[signature],
+                  "resize": "before, if need be: antialiased triangle filter (Pillow's BILINEAR), no letterbox"},
+        "output": {"name": "features", "dtype": "float32", "shape": ["batch", dim], "distance": "L2",
+                   "normalize": run.config.evaluate.normalize},
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "data": {key: value for key, value in run.label_map.items() if key != "identities"},
+        "step": run.step,
+        "config": json.loads(run.config.to_json()),
+        "provenance": provenance.collect(),
+    }
+    calibration = workdir / "calibration.json"
+    try:
+        if calibration.exists():
+            metadata["calibration"] = json.loads(calibration.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{calibration} does not read ({error}); calibrate the run again, or remove it") from error
+    return metadata
+
+
+def _drawn_crops(count: int, data: ml_collections.ConfigDict) -> np.ndarray:
+    """Drawn people at the run's input size, uint8 [count, H, W, 3]."""
+    drawn = [synthetic_drawing.draw_image(0, identity, 1 + identity % synthetic_drawing.NUM_CAMERAS, 0)
+             for identity in range(1, count + 1)]
+    return np.stack([Image.fromarray(pixels).resize((data.width, data.height), Image.Resampling.BILINEAR)
+                     for pixels in drawn])
+
+
+def _as_input(images: np.ndarray, signature: str, data: ml_collections.ConfigDict) -> np.ndarray:
+    """Crops uint8 [B, H, W, 3] as a user of the exported graph gives them to it."""
+    if signature == "uint8_nhwc":
+        return images
+    images = (images / 255 - np.array(data.mean)) / np.array(data.std)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32)
+
+
+def _features_of_run(run: SavedRun, images: np.ndarray) -> np.ndarray:
+    """The run's own matching features [B, dim] of crops uint8 [B, H, W, 3]: as evaluation computes them."""
+    model = build_model(run.config, 0)
+    forward = jax.jit(lambda variables, images: model.apply(variables, normalise(images, run.config.data))["features"])
+    features = {branch: np.asarray(values) for branch, values in forward(run.variables, images).items()}
+    matching = matching_features(features, run.config.evaluate.normalize)
+    return matching["joint"] if len(features) > 1 else next(iter(matching.values()))
+
+
+def _max_relative_error(embed: Embed, images: np.ndarray, expected: np.ndarray) -> float:
+    """The largest distance between `embed`'s features and those expected, relative to the latter's norm."""
+    errors = []
+    for size in BATCH_SIZES:
+        distances = np.linalg.norm(embed(images[:size]) - expected[:size], axis=1)
+        errors.append(np.max(distances / np.maximum(np.linalg.norm(expected[:size], axis=1), 1e-12)))
+    return float(np.max(errors))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command with `arguments` (None: the process's own); returns its exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m jlml_jax.export", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of a trained run")
+    parser.add_argument("--format", required=True, metavar="|".join(FORMATS),
+                        help="stablehlo: a zip archive, for jax.export.deserialize on " + ", ".join(PLATFORMS))
+    parser.add_argument("--output", required=True, metavar="FILE", help="what to write, or to replace")
+    parser.add_argument("--input", default="uint8_nhwc", metavar="|".join(INPUTS),
+                        help="what the graph takes. " + ". ".join(f"{name}: {text}" for name, text in INPUTS.items()))
+    options = parser.parse_args(arguments)
+    return exit_status(lambda: export_run(options.workdir, options.format, options.output, options.input))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
