@@ -16,13 +16,14 @@ from jlml_jax import augment, evaluate, export, onnx_graph
 from jlml_jax.checkpoints import Checkpoints, claim_workdir, load_run
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError
-from jlml_jax.models import build_model, init_variables
+from jlml_jax.models import build_model, init_variables, is_identity_layer
 from jlml_jax.train import TrainState
 
 
 def write_run(workdir, config):
     """A run after 12 steps whose batch statistics, scales and biases are far from the initial ones."""
-    label_map = {"dataset": "market1501", "fingerprint": "0123", "identities": [2, 7, 11]}
+    parent = {"dataset": "imagenet2012", "fingerprint": "4567", "identities": None, "init_from": None}
+    label_map = {"dataset": "market1501", "fingerprint": "0123", "identities": [2, 7, 11], "init_from": parent}
     claim_workdir(workdir, config, label_map)
     rng = np.random.default_rng(0)
     ranges = {"scale": (0.5, 1.5), "bias": (-0.5, 0.5), "mean": (-0.5, 0.5), "var": (0.3, 3.0)}
@@ -104,7 +105,9 @@ json.dump(about, open("about.json", "w"))
     about = json.loads((run / "about.json").read_text())
     assert about["input"]["shape"] == ["batch", 3, 32, 16] and about["input"]["dtype"] == "float32"
     assert about["output"]["shape"] == ["batch", 32] and about["output"]["normalize"] == "none"
-    assert about["data"] == {"dataset": "market1501", "fingerprint": "0123"} and about["step"] == 12
+    assert about["trained_on"] == [{"dataset": "market1501", "fingerprint": "0123"},
+                                   {"dataset": "imagenet2012", "fingerprint": "4567"}]
+    assert about["step"] == 12
     assert about["config"]["model"]["num_strips"] == 2
     assert about["calibration"] == {"thresholds": {"1e-3": 0.5}}
     assert {"jax", "onnx", "onnxruntime"} <= set(about["provenance"]["versions"])
@@ -113,16 +116,24 @@ json.dump(about, open("about.json", "w"))
 def test_jax_alone_loads_the_stablehlo_file(run):
     images = people((32, 16))
     np.save(run / "images.npy", images)
-    export.export_run(run, "stablehlo", run / "jlml.zip")
+    for signature in ("uint8_nhwc", "float32_nchw"):
+        export.export_run(run, "stablehlo", run / f"{signature}.zip", signature)
     consume("""
 import jax, json, numpy as np, zipfile
-archive = zipfile.ZipFile("jlml.zip")
+images = np.load("images.npy")
+archive = zipfile.ZipFile("uint8_nhwc.zip")
 exported = jax.export.deserialize(archive.read("exported"))
 assert set(exported.platforms) == {"cpu", "cuda", "tpu"}, exported.platforms
-np.save("features.npy", exported.call(np.load("images.npy")))
+np.save("uint8.npy", exported.call(images))
+archive = zipfile.ZipFile("float32_nchw.zip")
+about = json.loads(archive.read("metadata.json"))
+images = ((images / 255 - about["mean"]) / about["std"]).transpose(0, 3, 1, 2).astype(np.float32)
+np.save("float32.npy", jax.export.deserialize(archive.read("exported")).call(images))
 """, run, ("jlml_jax", "flax", "onnx", "tensorflow"))
-    assert_near(np.load(run / "features.npy"), features_of(run, images))
-    about = json.loads(zipfile.ZipFile(run / "jlml.zip").read("metadata.json"))
+    expected = features_of(run, images)
+    assert_near(np.load(run / "uint8.npy"), expected)
+    assert_near(np.load(run / "float32.npy"), expected)
+    about = json.loads(zipfile.ZipFile(run / "uint8_nhwc.zip").read("metadata.json"))
     assert about["input"]["shape"] == ["batch", 32, 16, 3] and about["calibration"] and about["config"]
 
 
@@ -151,7 +162,7 @@ def test_every_variant_agrees_with_its_run(tmp_path, shallow_config, capsys, var
     operators = [node.op_type for node in onnx.load(tmp_path / "jlml.onnx").graph.node]
     params = load_run(tmp_path / "run").variables["params"]
     kernels = [leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-               if path[-1].key == "kernel" and not path[0].key.endswith("_identity")]
+               if path[-1].key == "kernel" and not is_identity_layer(path[0].key)]
     assert operators.count("Conv") == kernels.count(4) and operators.count("Gemm") == kernels.count(2)
     assert operators.count("Sub") == 1  # the mean of the pixels
     assert operators.count("Sqrt") == norms
@@ -249,12 +260,16 @@ def test_flags_that_cannot_be_followed(refused, tmp_path):
     assert "is not a run's folder" in refused(workdir, onnx_format, output)
 
 
-def test_runs_that_cannot_be_exported(refused, run, tmp_path, tiny_config):
+def test_runs_that_cannot_be_exported(refused, run, tmp_path, tiny_config, monkeypatch):
     flags = "--format=onnx", f"--output={tmp_path}/x"
     (run / "calibration.json").write_text("{")
     assert "calibration.json does not read" in refused(f"--workdir={run}", *flags)
-    claim_workdir(tmp_path / "new", tiny_config, {"dataset": "market1501", "identities": []})
+    claim_workdir(tmp_path / "new", tiny_config, {"dataset": "market1501"})
     assert "has no checkpoint yet" in refused(f"--workdir={tmp_path / 'new'}", *flags)
+    saved = load_run(run)
+    saved.variables["params"]["stem"]["norm"]["scale"][0] = np.nan
+    monkeypatch.setattr(export, "load_run", lambda workdir: saved)
+    assert "features that are not finite" in refused(f"--workdir={run}", *flags)
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
