@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     config.train = train = ConfigDict()
     train.steps = 50_000
     train.batch_size = 32  # global, over all devices
+    train.steps_per_dispatch = 0  # at most, with all images on the devices; 0: 25, and 1 on a CPU
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.normalize = "none"  # none, joint, per_branch: L2 normalisation of the matching feature

@@ -15,7 +15,7 @@ from jlml_jax.errors import UserError
 
 # What may differ between a run and its resumption: it changes what is shown or kept, not what is learned.
 FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_every", "keep_checkpoints",
-               "compilation_cache")
+               "compilation_cache", "train.steps_per_dispatch")
 
 _LABEL_MAP, _CONFIG = "label_map.json", "config.json"
 

@@ -46,11 +46,11 @@ class TrainingLog:
         """The values of every step since the last report, by name; a copy, which later steps do not change."""
         return {name: list(values) for name, values in self._interval.items()}
 
-    def add(self, done: int, metrics: dict[str, float]) -> None:
-        """Takes the metrics of step `done` - 1, whose computation has ended."""
-        for name, value in metrics.items():
-            self._interval.setdefault(name, []).append(value)
-        if self._start is None:  # the first step's time is the compiler's
+    def add(self, done: int, metrics: dict[str, list[float]]) -> None:
+        """Takes the metrics of the steps of a dispatch that has ended, after `done` steps."""
+        for name, values in metrics.items():
+            self._interval.setdefault(name, []).extend(values)
+        if self._start is None:  # the first dispatch's time is the compiler's
             self._start = self._mark = time.perf_counter()
             self._mark_step = done
 

@@ -58,8 +58,8 @@ MODES = ("train_and_evaluate", "train", "evaluate")
 RESULTS = "results.json"
 PAPER_DATASETS = ("cuhk03", "grid", "market1501", "viper")
 
-# Steps given to the device before the oldest one's metrics are fetched: it never waits for the host.
-STEPS_AHEAD = 2
+# Dispatches given to the device before the oldest one's metrics are fetched: it never waits for the host.
+DISPATCHES_AHEAD = 2
 
 
 @flax.struct.dataclass
@@ -115,15 +115,32 @@ def train_step(state: TrainState, batch: Batch, *, model: nn.Module, optimizer: 
 
 
 def make_train_step(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,
-                    mesh: Mesh, from_device_data: bool):
-    """The compiled step over the mesh: (state, donated; DeviceData or a sharded batch) -> (state, metrics)."""
+                    mesh: Mesh, from_device_data: bool, num_steps: int = 1):
+    """The compiled step over the mesh: (state, donated; DeviceData or a sharded batch) -> (state, metrics).
+
+    With `num_steps` > 1, for DeviceData alone, that many steps in one dispatch, the metrics [num_steps].
+    """
     step = functools.partial(train_step, model=model, optimizer=optimizer, config=config)
+
+    def steps(state, data):
+        return jax.lax.scan(lambda state, _: step(state, data), state, length=num_steps)
+
     batch_spec = PartitionSpec() if from_device_data else PartitionSpec(BATCH_AXIS)
     # check_vma=False: gradients of replicated parameters stay per device until the pmean, as under pmap.
     return jax.jit(
-        jax.shard_map(step, mesh=mesh, in_specs=(PartitionSpec(), batch_spec),
+        jax.shard_map(steps if num_steps > 1 else step, mesh=mesh, in_specs=(PartitionSpec(), batch_spec),
                       out_specs=(PartitionSpec(), PartitionSpec()), check_vma=False),
         donate_argnums=0)
+
+
+def steps_per_dispatch(config: ml_collections.ConfigDict, first_step: int) -> int:
+    """How many steps the device takes at a time, so that reports, checkpoints and the end fall between dispatches."""
+    if config.data.loader != "device":
+        return 1
+    # A CPU gains nothing, as a step takes it far longer than a dispatch.
+    most = config.train.steps_per_dispatch or (1 if jax.default_backend() == "cpu" else 25)
+    common = math.gcd(config.log_every, config.checkpoint_every, config.train.steps, first_step)
+    return max(number for number in range(1, most + 1) if common % number == 0)
 
 
 def print_model(model: nn.Module, config: ml_collections.ConfigDict) -> None:
@@ -279,7 +296,8 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
     if first_step:
         print(f"resuming after step {first_step}", flush=True)
     from_device_data = config.data.loader == "device"
-    step = make_train_step(config, run.model, run.optimizer, run.mesh, from_device_data)
+    at_once = steps_per_dispatch(config, first_step)
+    step = make_train_step(config, run.model, run.optimizer, run.mesh, from_device_data, at_once)
     batches = _batches(run, first_step)
     schedule = optim.learning_rate_schedule(config.optim, last_step)
     log = TrainingLog(workdir, first_step, last_step, config.train.batch_size, progress["interval"])
@@ -287,18 +305,18 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
 
     def finish_oldest():
         done, metrics = in_flight.popleft()
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        _refuse_non_finite(done, metrics, checkpoints)
+        metrics = {name: np.atleast_1d(values).tolist() for name, values in jax.device_get(metrics).items()}
+        _refuse_non_finite(done - at_once + 1, metrics, checkpoints)
         log.add(done, metrics)
         if done % config.log_every == 0 or done == last_step:
             log.report(done, float(schedule(done - 1)))
 
     with StopRequest() as stop:
         try:
-            for done in range(first_step + 1, last_step + 1):
+            for done in range(first_step + at_once, last_step + 1, at_once):
                 state, metrics = step(state, next(batches))
                 in_flight.append((done, metrics))
-                while len(in_flight) > STEPS_AHEAD:
+                while len(in_flight) > DISPATCHES_AHEAD:
                     finish_oldest()
                 if done % config.checkpoint_every == 0 or done == last_step or stop.requested:
                     while in_flight:  # nothing is saved before it is known to be finite
@@ -330,11 +348,15 @@ def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
         yield parallel.shard_batch((batch_images, labels[batch].astype(np.int32)), run.mesh)
 
 
-def _refuse_non_finite(done: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+def _refuse_non_finite(first: int, metrics: dict[str, list[float]], checkpoints: Checkpoints) -> None:
+    """A UserError if a metric of the steps `first` and following is not finite."""
+    bad = [(index, name) for name, values in metrics.items()
+           for index, value in enumerate(values) if not math.isfinite(value)]
     if bad:
+        step = min(bad)[0]
+        names = [name for index, name in bad if index == step]
         kept = checkpoints.latest_step()
-        raise UserError(f"{', '.join(bad)} not finite at step {done}; "
+        raise UserError(f"{', '.join(names)} not finite at step {first + step}; "
                         + (f"checkpoint {kept} is the last good one" if kept is not None else "no checkpoint yet")
                         + "; lower optim.learning_rate or the loss weights and train in another --workdir")
 

@@ -7,7 +7,11 @@ from jlml_jax.logs import TIME_FIELDS, TrainingLog
 
 
 def metrics(step):
-    """As the train step gives them."""
+    """As the train step gives them, one step a dispatch."""
+    return {name: [value] for name, value in of_step(step).items()}
+
+
+def of_step(step):
     return {"loss": float(step), "cross_entropy/global": 2.0 * step, "accuracy/global": 0.5, "penalty/global": 0.25}
 
 
@@ -39,7 +43,7 @@ def events(workdir):
 
 
 def test_a_report_is_the_mean_since_the_last_one(tmp_path):
-    assert train(tmp_path, 0, 7, 3) == {name: [value] for name, value in metrics(7).items()}
+    assert train(tmp_path, 0, 7, 3) == metrics(7)
     assert timeless(tmp_path) == [
         {"step": 3, "loss": 2, "cross_entropy/global": 4, "accuracy/global": 0.5, "penalty/global": 0.25,
          "learning_rate": 0.03},
@@ -48,6 +52,15 @@ def test_a_report_is_the_mean_since_the_last_one(tmp_path):
     ]
     for record in records(tmp_path):
         assert set(TIME_FIELDS) < record.keys() and record["images_per_second"] > 0 <= record["seconds"]
+
+
+def test_a_dispatch_of_several_steps_counts_as_they_do(tmp_path):
+    log = TrainingLog(tmp_path, 0, 100, 32)
+    log.add(3, {"loss": [1.0, 2.0, 6.0]})
+    log.report(3, 0.01)
+    assert timeless(tmp_path) == [{"step": 3, "loss": 3.0, "learning_rate": 0.01}]
+    assert records(tmp_path)[0]["images_per_second"] == 0  # the first dispatch's time is the compiler's
+    log.close()
 
 
 def test_a_reported_line_is_on_disk_at_once(tmp_path):
@@ -118,7 +131,7 @@ def test_tensorboard_reads_the_events(tmp_path):
 def test_events_of_steps_that_come_again_are_superseded(tmp_path):
     train(tmp_path, 0, 9, 3)
     log = TrainingLog(tmp_path, 6, 100, 32)
-    log.add(9, {"loss": -1.0})
+    log.add(9, {"loss": [-1.0]})
     log.report(9, 0.5)
     log.close()
     assert events(tmp_path)["loss"] == [(3, 2.0), (6, 5.0), (9, -1.0)]

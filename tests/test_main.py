@@ -1,5 +1,6 @@
 """The command as a user types it: exit status, and one line on stderr for what the user can mend."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs import default
 from jlml_jax.datasets import synthetic_pedestrians
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +29,8 @@ def run_main(*arguments, folder, **environment):
     (["--config=configs/nothing.py"], "configs/nothing.py"),
     (["--mode=test"], "train_and_evaluate|train|evaluate"),
     (["configs/default.py"], "unexpected argument 'configs/default.py'"),
-    (["--config.data.name=market1501", "--config.data.data_dir=nowhere"], "python -m jlml_jax.prepare market1501"),
+    ([f"--config={ROOT / 'configs' / 'cuhk03.py'}", "--config.data.data_dir=nowhere"],
+     "cuhk03/labeled is not prepared in nowhere. Get cuhk03_release.zip from the authors (see the homepage),"),
 ])
 def test_what_the_user_can_mend_is_told_in_one_line(tmp_path, arguments, message):
     done = run_main(*arguments, folder=tmp_path)
@@ -35,6 +38,19 @@ def test_what_the_user_can_mend_is_told_in_one_line(tmp_path, arguments, message
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_config_is_a_delta_over_the_default():
+    fields = set(default.get_config().to_dict())
+    recipes = {}
+    for path in sorted((ROOT / "configs").glob("[a-z]*.py")):
+        config = importlib.import_module(f"configs.{path.stem}").get_config()
+        assert set(config.to_dict()) == fields and config.name == path.stem
+        recipes[path.stem] = (config.optim.to_dict(), config.loss.to_dict(), config.train.to_dict())
+    paper = recipes["default"]
+    assert all(recipes[name] == paper for name in ("cuhk03", "cuhk03_market1501", "grid", "market1501", "viper"))
+    pre_training = recipes["imagenet"]  # Table 4: ten times less often, six times as long
+    assert pre_training == (paper[0] | {"decay_every": 100_000}, paper[1], paper[2] | {"steps": 300_000})
 
 
 def test_help_shows_how_to_call_it(tmp_path):

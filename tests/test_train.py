@@ -129,6 +129,26 @@ def test_state_is_donated_and_stays_replicated(smooth_config):
                for leaf in jax.tree.leaves(after))
 
 
+def test_several_steps_in_one_dispatch_are_the_same_steps(smooth_config, tmp_path):
+    smooth_config.train.steps, smooth_config.log_every, smooth_config.checkpoint_every = 4, 2, 4
+    for most in (1, 2):
+        smooth_config.train.steps_per_dispatch = most
+        train_and_evaluate(smooth_config, tmp_path / str(most), "train")
+    for a, b in zip(lines_of(tmp_path / "1"), lines_of(tmp_path / "2"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert_close_trees(final_state(smooth_config, tmp_path / "1"), final_state(smooth_config, tmp_path / "2"))
+
+
+@pytest.mark.parametrize(("first_step", "most", "at_once"), [(0, 4, 3), (6, 4, 3), (4, 4, 2), (5, 4, 1), (0, 25, 6)])
+def test_reports_checkpoints_and_the_end_fall_between_dispatches(tiny_config, first_step, most, at_once):
+    tiny_config.data.loader = "device"
+    tiny_config.train.steps, tiny_config.log_every, tiny_config.checkpoint_every = 18, 6, 12
+    tiny_config.train.steps_per_dispatch = most
+    assert train.steps_per_dispatch(tiny_config, first_step) == at_once
+    tiny_config.data.loader = "tf_data"
+    assert train.steps_per_dispatch(tiny_config, first_step) == 1
+
+
 def test_both_loaders_train_alike(smooth_config, tmp_path):
     """The same images in the same order: at the images' own size, which nothing resizes, with the same pixels."""
     smooth_config.data.height, smooth_config.data.width = 128, 64
