@@ -18,7 +18,7 @@ def collect() -> dict[str, Any]:
     """JSON for `results.json`; the caller adds what it alone knows (seed, wall time, data)."""
     source = Path(__file__).parent
     spec = sys.modules["__main__"].__spec__  # None unless the process was started with -m
-    program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     commit = _git(source, "rev-parse", "HEAD")
     return {
         "command": " ".join([program, *map(shlex.quote, sys.argv[1:])]),

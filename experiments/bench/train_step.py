@@ -1,14 +1,10 @@
-"""Benchmarks: python -m experiments.bench train [--height=128 --width=64 --batch_size=32] [--json=FILE]
+"""The train step against the same network of plain nn.Conv, nn.BatchNorm and nn.max_pool.
 
-`train`: the train step against the same network of plain nn.Conv, nn.BatchNorm and nn.max_pool, the same weights and
-the same loss, step by step in turn, so that a noisy machine slows both alike.
+The same weights and the same loss, step by step in turn, so that a noisy machine slows both alike.
 """
 
-import argparse
 import contextlib
-import json
 import time
-from pathlib import Path
 from unittest import mock
 
 import flax.linen as nn
@@ -17,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from jlml_jax import models, optim, parallel, provenance, train
+from experiments.bench.timing import ratio_of
+from jlml_jax import models, optim, parallel, train
 from jlml_jax.device_data import DeviceData
 
 NUM_IDENTITIES = 751  # Market-1501's
@@ -89,33 +86,11 @@ def bench_train(height: int, width: int, batch_size: int, repeats: int) -> dict:
             first.setdefault(name, metrics)
     for term in first["plain"]:  # it is the same work, forward and backward
         np.testing.assert_allclose(first["ours"][term], first["plain"][term], rtol=1e-3, err_msg=term)
-    seconds = {name: np.array(values[1:]) for name, values in seconds.items()}
-    ratios = seconds["plain"] / seconds["ours"]
+    seconds = {name: values[1:] for name, values in seconds.items()}
     return {
         "height": height, "width": width, "batch_size": batch_size, "repeats": repeats,
         "seconds_a_step": {name: float(np.median(values)) for name, values in seconds.items()},
         "images_per_second": {name: float(batch_size / np.median(values)) for name, values in seconds.items()},
         "compile_seconds": compile_seconds,
-        "over_plain": {"median": float(np.median(ratios)), "minimum": float(ratios.min()),
-                       "maximum": float(ratios.max())},
+        "over_plain": ratio_of(seconds["plain"], seconds["ours"]),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["train"])
-    parser.add_argument("--height", type=int, default=128)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    args = parser.parse_args()
-    result = bench_train(args.height, args.width, args.batch_size, args.repeats) | {
-        "provenance": provenance.collect()}
-    print(json.dumps(result, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
