@@ -4,56 +4,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from reference_ranking import assert_equal, score, score_single_shot, single_shot_draws, squared_distances
 
 from jlml_jax import metrics
 from jlml_jax.errors import UserError
-
-
-def reference(distances, query_ids, gallery_ids, query_cameras, gallery_cameras, max_rank, columns=None):
-    """(cmc, AP, trapezoid AP, INP, number of queries) by plain loops; None if no query is valid."""
-    curves, aps, trapezoids, inps = [], [], [], []
-    for q in range(len(query_ids)):
-        if query_ids[q] < 1:
-            continue
-        ranking = []
-        for g in range(len(gallery_ids)) if columns is None else columns:
-            same = gallery_ids[g] == query_ids[q]
-            if gallery_ids[g] == -1 or (same and gallery_cameras[g] == query_cameras[q]):
-                continue
-            ranking.append((distances[q][g], bool(same)))
-        ranking.sort()  # False before True: of equal distances the wrong image comes first
-        good = sum(same for _, same in ranking)
-        if not good:
-            continue
-        # the loop of Market-1501's compute_AP.m
-        ap, trapezoid, found, old_recall, old_precision = 0.0, 0.0, 0, 0.0, 1.0
-        curve = [0.0] * max_rank
-        for position, (_, same) in enumerate(ranking):
-            if same:
-                found += 1
-                ap += found / (position + 1) / good
-                last = position + 1
-                for k in range(position, max_rank):
-                    curve[k] = 1.0
-            recall, precision = found / good, found / (position + 1)
-            trapezoid += (recall - old_recall) * (old_precision + precision) / 2
-            old_recall, old_precision = recall, precision
-        curves.append(curve)
-        aps.append(ap)
-        trapezoids.append(trapezoid)
-        inps.append(good / last)
-    if not curves:
-        return None
-    return np.mean(curves, axis=0), np.mean(aps), np.mean(trapezoids), np.mean(inps), len(curves)
-
-
-def assert_equal(result, expected, tolerance=1e-9):
-    cmc, ap, trapezoid, inp, count = expected
-    np.testing.assert_allclose(result.cmc, cmc, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(
-        [result.mean_ap, result.mean_ap_trapezoid, result.mean_inp], [ap, trapezoid, inp], rtol=0, atol=tolerance
-    )
-    assert result.num_valid_queries == count
 
 
 def random_labels(rng, num_queries, num_gallery, num_ids=5, num_cameras=3):
@@ -80,7 +34,7 @@ def test_equals_brute_force_on_random_cases(seed, dtype):
     labels = random_labels(rng, num_queries, num_gallery, rng.integers(1, 6), rng.integers(1, 4))
     levels = [3, 10, 10**6][seed % 3]  # from nearly all tied to hardly any
     distances = rng.integers(-levels, levels, (num_queries, num_gallery)).astype(dtype)
-    expected = reference(distances.tolist(), *labels, max_rank)
+    expected = score(distances.tolist(), *labels, max_rank)
     if expected is None:
         with pytest.raises(UserError, match="no query has a true match"):
             metrics.rank_metrics(distances, *labels, max_rank=max_rank)
@@ -96,8 +50,8 @@ def test_equals_brute_force_from_features(seed):
         query, gallery = rng.integers(0, 3, (40, 4)).astype(np.float32), rng.integers(0, 3, (90, 4)).astype(np.float32)
     else:
         query, gallery = rng.normal(size=(40, 32)) + 30, rng.normal(size=(90, 32)) + 30
-    distances = ((query[:, None].astype(np.float64) - gallery) ** 2).sum(axis=2)
-    assert_equal(metrics.evaluate_ranking(query, gallery, *labels), reference(distances, *labels, 50), 1e-6)
+    distances = squared_distances(query, gallery)
+    assert_equal(metrics.evaluate_ranking(query, gallery, *labels), score(distances, *labels, 50), 1e-6)
 
 
 def test_hand_computed():
@@ -162,7 +116,7 @@ def test_result_does_not_depend_on_the_chunk_size(monkeypatch):
     query, gallery = rng.normal(size=(50, 16)), rng.normal(size=(80, 16))
     distances = metrics.l2_distances(query, gallery)
     whole = metrics.rank_metrics(distances, *labels)
-    assert_equal(whole, reference(distances.tolist(), *labels, 50))
+    assert_equal(whole, score(distances.tolist(), *labels, 50))
     for size in (1, 2, 7, 49):
         monkeypatch.setattr(metrics, "_MIN_CHUNK", size)
         monkeypatch.setattr(metrics, "_CHUNK_DISTANCES", 1)
@@ -186,21 +140,14 @@ def test_never_holds_all_distances(monkeypatch):
     assert peak < 2000 * 4000 * 4 / 2  # half of the matrix; the chunks of 8 threads are an eighth of that
 
 
-def test_single_gallery_shot_equals_brute_force_on_the_same_draws():
+def test_single_gallery_shot_equals_brute_force():
     rng = np.random.default_rng(0)
     labels = random_labels(rng, 20, 60)
     distances = rng.integers(0, 8, (20, 60)).astype(np.float64)
-    draws = list(metrics._single_shot_draws(labels[1], 10, seed=3))
-    runs = [reference(distances.tolist(), *labels, 20, columns=draw) for draw in draws]
-    valid = {
-        q
-        for q in range(20)
-        for draw in draws
-        if labels[0][q] >= 1 and any(labels[1][g] == labels[0][q] and labels[3][g] != labels[2][q] for g in draw)
-    }
-    result = metrics.rank_metrics(distances, *labels, max_rank=20, single_gallery_shot=True, seed=3)
-    assert len({run[4] for run in runs}) > 1  # queries do drop out of single repeats
-    assert_equal(result, [np.mean([run[i] for run in runs], axis=0) for i in range(4)] + [len(valid)])
+    expected = score_single_shot(distances.tolist(), *labels, 20, seed=3)
+    draws = single_shot_draws(labels[1], 10, 3)
+    assert len({len(score(distances, *labels, 20, draw)[4]) for draw in draws}) > 1  # queries drop out of single repeats
+    assert_equal(metrics.rank_metrics(distances, *labels, max_rank=20, single_gallery_shot=True, seed=3), expected)
 
 
 def test_single_gallery_shot_draws():
