@@ -1,4 +1,4 @@
-"""Ranking and its scores by plain Python loops over one query at a time, from the protocols' texts: slow, independent."""
+"""Ranking and its scores by plain Python loops over one query at a time, from the protocols' texts."""
 
 import numpy as np
 

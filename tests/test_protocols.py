@@ -1,0 +1,556 @@
+"""Each protocol on miniatures: who is train, query and gallery, what is refused, and results against brute force."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import statistics
+import zlib
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.io
+from market1501_miniature import write_market1501
+from miniatures import VIPER_PREFIXES, Cuhk03Miniature, write_cuhk03, write_grid, write_viper
+from PIL import Image
+from reference_ranking import assert_equal, score, score_single_shot, squared_distances
+
+from configs import default
+from jlml_jax import evaluate, metrics, prepare, protocols
+from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.cuhk03 import Cuhk03
+from jlml_jax.datasets.grid import PARTITIONS, Grid
+from jlml_jax.datasets.market1501 import Market1501
+from jlml_jax.datasets.viper import Viper
+from jlml_jax.errors import UserError
+
+# A user's own crops: image, identity, camera, split.
+SHOPS = {
+    "train_only": ["a.png,ann,1,train", "b.png,ann,2,train", "c.png,bob,1,train"],
+    "test_only": ["a.png,ann,1,query", "b.png,bob,2,query", "c.png,ann,2,gallery", "d.png,bob,1,gallery",
+                  "e.png,bob,2,gallery", "f.png,distractor,1,gallery", "g.png,junk,1,gallery"],
+    "queries_only": ["a.png,ann,1,query", "b.png,ann,2,query"],
+    "gallery_only": ["a.png,ann,1,gallery", "b.png,ann,2,gallery"],
+    "one_camera": ["a.png,ann,7,query", "b.png,bob,7,query", "c.png,ann,7,gallery", "d.png,bob,7,gallery"],
+    "unmatched": ["a.png,ann,1,query", "b.png,bob,1,query", "c.png,ann,2,gallery", "d.png,bob,1,gallery"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Miniatures, prepared as if they were the data sets as published, and the files that they are from."""
+
+    data_dir: Path
+    market1501: Path
+    grid: Path
+    cuhk03: Cuhk03Miniature
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    data_dir, sources = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("sources")
+    expected = {Market1501: write_market1501(sources / "market1501"), Viper: write_viper(sources / "viper"),
+                Grid: write_grid(sources / "grid")}
+    # One camera does not ask for person 1, and has no further image of person 3.
+    gone = ["query/0001_c3s1_000100_00.jpg", "gt_bbox/0003_c1s1_000300_00.jpg", "gt_bbox/0003_c1s1_000301_00.jpg"]
+    for name in gone:
+        (sources / "market1501" / name).unlink()
+    expected[Market1501]["query"]["images"] -= 1
+    expected[Market1501]["multi_query"]["images"] -= 2
+    cuhk03 = write_cuhk03(sources / "cuhk03")
+    with ExitStack() as patches:
+        for builder, counts in expected.items():
+            patches.enter_context(mock.patch.object(builder, "EXPECTED", counts))
+        patches.enter_context(mock.patch.object(
+            Cuhk03, "EXPECTED", property(lambda builder: cuhk03.counts(builder.builder_config.name))))
+        for name in ("market1501", "viper", "grid", "cuhk03/detected", "cuhk03/labeled"):
+            prepare.prepare(name, sources / name.partition("/")[0], data_dir)
+    for name, rows in SHOPS.items():
+        folder = sources / name
+        folder.mkdir()
+        (folder / "people.csv").write_text("\n".join(["image,identity,camera,split", *rows]) + "\n")
+        for row in csv.reader(rows):
+            Image.fromarray(np.full((4, 2, 3), ord(row[0][0]), np.uint8)).save(folder / row[0])
+        prepare.prepare(f"folder/{name}", folder / "people.csv", data_dir)
+    return Prepared(data_dir, sources / "market1501", sources / "grid", cuhk03)
+
+
+@pytest.fixture
+def config(prepared):
+    config = default.get_config()
+    config.data.data_dir = str(prepared.data_dir)
+    return config
+
+
+def trials_of(name, config):
+    protocol = protocols.load(name, config.data)
+    return [protocol.trial(number) for number in range(protocol.num_trials)]
+
+
+def names(split):
+    unique = set(split.names.tolist())
+    assert len(unique) == len(split)
+    return unique
+
+
+# --- who is train, query and gallery
+
+def test_market1501(prepared, config):
+    trial, = trials_of("market1501", config)
+    files = {folder: {path.name for path in (prepared.market1501 / folder).glob("*.jpg")}
+             for folder in ("bounding_box_train", "query", "bounding_box_test", "gt_bbox")}
+    assert names(trial.train) == files["bounding_box_train"]
+    assert names(trial.query) == files["query"]
+    assert names(trial.gallery) == files["bounding_box_test"]  # junk and distractors too: metrics tells them apart
+    asked = {name.split("s")[0] for name in files["query"]}  # 0001_c1
+    assert names(trial.multi_query) == {name for name in files["gt_bbox"] if name.split("s")[0] in asked}
+    assert len(trial.multi_query) == 11 * 2 - 2
+    assert (trial.protocol, trial.single_gallery_shot, trial.incomplete) == ("single-query", False, "")
+    assert trial.identities().tolist() == [2, 4, 6, 8]
+    assert trial.people() == {"market1501": [2, 4, 6, 8]}
+    assert trial.labels().tolist() == [int(name[:4]) // 2 - 1 for name in trial.train.names]
+
+
+def test_viper(config):
+    everyone = {prefix + 1 for prefix in VIPER_PREFIXES}
+    trials = trials_of("viper", config)
+    assert [trial.number for trial in trials] == list(range(10))
+    for trial in trials:
+        train, test = set(trial.train.identities.tolist()), set(trial.query.identities.tolist())
+        assert (len(train), len(test)) == (2, 3) and train | test == everyone
+        assert trial.protocol == "2/3 single-shot" and not trial.single_gallery_shot
+
+        def files(people, *cameras):
+            return sorted(f"{camera}/{person - 1:03d}" for person in people for camera in cameras)
+
+        for split, wanted in ((trial.train, files(train, "cam_a", "cam_b")), (trial.query, files(test, "cam_a")),
+                              (trial.gallery, files(test, "cam_b"))):
+            assert sorted(name.rpartition("_")[0] for name in split.names) == wanted  # cam_a/001_45.bmp
+    assert len({tuple(trial.identities()) for trial in trials}) > 1
+
+
+def made_up_viper(number, order=1):
+    """As many people as the real VIPeR has, of other numbers."""
+    identities = np.sort(np.random.RandomState(99).permutation(900)[:number] + 1)[::order]
+
+    def load(name, splits, data_dir):
+        return {split: Split(name, [f"{split} {identity}".encode() for identity in identities], identities,
+                             np.full(number, camera), np.array([f"{split}/{identity}" for identity in identities]))
+                for camera, split in enumerate(splits, 1)}
+    return mock.patch.multiple(protocols.datasets, load=load, metadata=lambda name, data_dir: {})
+
+
+def draw_of(trials):
+    return hashlib.sha256(json.dumps([[trial.identities().tolist(), sorted(trial.query.identities.tolist())]
+                                      for trial in trials]).encode()).hexdigest()
+
+
+def test_the_ten_halves_of_632_people_are_the_same_for_good():
+    config = default.get_config()
+    draws = []
+    for seed, order in ((0, 1), (1, -1)):  # whatever the run's seed, NumPy's state, and the order of images
+        config.seed = seed
+        np.random.seed(seed)
+        with made_up_viper(632, order):
+            trials = trials_of("viper", config)
+        draws.append(draw_of(trials))
+    assert [(len(trial.train), len(trial.query), len(trial.gallery)) for trial in trials] == [(632, 316, 316)] * 10
+    assert len({tuple(trial.identities()) for trial in trials}) == 10
+    assert draws == ["8eca58a72a4dd23ff407689c5013f130399d385cbd3f6d8654633239f5e33a2e"] * 2
+    with made_up_viper(5):
+        assert trials_of("viper", config)[3].protocol == "2/3 single-shot"
+
+
+def test_grid(prepared, config):
+    # MATLAB's cell array, read apart from the builder.
+    cells = scipy.io.loadmat(prepared.grid / PARTITIONS)["trainIdxAll"][0]
+    files = {folder: {path.name for path in (prepared.grid / folder).glob("*.jpeg")} for folder in ("probe", "gallery")}
+    trials = trials_of("grid", config)
+    assert len(trials) == len(cells) == 10
+    for trial, cell in zip(trials, cells, strict=True):
+        train, test = ({f"{int(identity):04d}" for identity in cell[part][0, 0].ravel()} for part in ("train", "test"))
+        assert names(trial.train) == {name for name in files["probe"] | files["gallery"] if name[:4] in train}
+        assert names(trial.query) == {name for name in files["probe"] if name[:4] in test}
+        assert names(trial.gallery) == {name for name in files["gallery"] if name[:4] in test | {"0000"}}
+        assert Counter(trial.gallery.identities.tolist())[0] == 3
+        assert trial.protocol == "3/3 single-shot" and not trial.single_gallery_shot
+
+
+@pytest.mark.parametrize("boxes", ["labeled", "detected"])
+@pytest.mark.parametrize("train_identities, pairs", [(1_367, "12345"), (1_260, "123")])
+def test_cuhk03_single_shot(prepared, config, boxes, train_identities, pairs):
+    config.data.cuhk03_train_identities = train_identities
+    trials = trials_of(f"cuhk03/{boxes}", config)
+    assert len(trials) == len(prepared.cuhk03.testsets) == 20
+    images = prepared.cuhk03.images[boxes]
+    for trial, testset in zip(trials, prepared.cuhk03.testsets, strict=True):
+        tested = {name for name, image in images.items() if image.identity in testset}
+        # 1_001_2_06.png: camera pair, person, view, column
+        assert names(trial.query) == {name for name in tested if name.split("_")[2] == "1"}
+        assert names(trial.gallery) == {name for name in tested if name.split("_")[2] == "2"}
+        assert names(trial.train) == {name for name in images if name not in tested and name[0] in pairs}
+        assert sorted(set(trial.query.identities.tolist())) == testset
+        assert sorted(set(trial.gallery.identities.tolist())) == testset
+        assert trial.protocol == f"{len(trial.identities())}/100 single-shot" and trial.single_gallery_shot
+    people = {len(trial.identities()) for trial in trials}
+    assert people == {20} if pairs == "12345" else min(people) < 20
+
+
+@pytest.mark.parametrize("boxes", ["labeled", "detected"])
+def test_cuhk03_767_700(prepared, config, boxes):
+    config.data.cuhk03_protocol = "767/700"
+    trial, = trials_of(f"cuhk03/{boxes}", config)
+    for part, listed in prepared.cuhk03.new_protocol[boxes].items():
+        assert names(getattr(trial, part)) == set(listed)
+    assert trial.protocol == "767/700" and not trial.single_gallery_shot
+
+
+def test_a_union_has_all_people(prepared, config):
+    trial, = trials_of("cuhk03/labeled+market1501", config)
+    market1501 = {path.name for folder in ("bounding_box_train", "query", "bounding_box_test")
+                  for path in (prepared.market1501 / folder).glob("*.jpg") if not path.name.startswith(("-1", "0000"))}
+    assert names(trial.train) == set(prepared.cuhk03.images["labeled"]) | market1501
+    assert trial.query is trial.gallery is trial.multi_query is trial.validation is None
+    assert (trial.dataset, trial.protocol) == ("cuhk03/labeled+market1501", "all identities")
+
+    people = trial.people()
+    assert people == {"cuhk03/labeled": list(range(1, 121)), "market1501": list(range(1, 9))}
+    classes = [("cuhk03", person) for person in people["cuhk03/labeled"]] + [
+        ("market1501", person) for person in people["market1501"]]
+    labels = trial.labels()
+    assert sorted(set(labels.tolist())) == list(range(128))
+    for name, label in zip(trial.train.names, labels.tolist(), strict=True):
+        image = prepared.cuhk03.images["labeled"].get(name)
+        assert classes[label] == (("cuhk03", image.identity) if image else ("market1501", int(name[:4])))
+    label_map = protocols.label_map(trial, None)
+    assert label_map["dataset"] == trial.dataset and label_map["identities"] == people
+    assert label_map["init_from"] is None and label_map == json.loads(json.dumps(label_map))
+
+
+def test_a_union_of_sets_in_two_views(config):
+    trial, = trials_of("viper+grid", config)
+    assert trial.people() == {"viper": [prefix + 1 for prefix in VIPER_PREFIXES], "grid": [1, 2, 3, 4, 5, 6]}
+    assert Counter(trial.labels().tolist()) == dict.fromkeys(range(11), 2)
+
+
+def test_own_data_may_be_for_training_or_for_the_test_alone(config):
+    trial, = trials_of("folder/train_only", config)
+    assert trial.query is trial.gallery is None
+    assert trial.people() == {"folder/train_only": [1, 2]} and trial.labels().tolist() == [0, 0, 1]
+    trial, = trials_of("folder/test_only", config)
+    assert trial.train is None and trial.multi_query is None
+    assert names(trial.query) == {"a.png", "b.png"}
+    assert trial.gallery.identities.tolist() == [1, 2, 2, 0, -1]
+
+
+# --- which trials
+
+@pytest.mark.parametrize("chosen, numbers", [("3", [3]), ("0", [0]), ("0-4", [0, 1, 2, 3, 4]), ("7-9", [7, 8, 9]),
+                                             ("2-2", [2]), ("all", list(range(10)))])
+def test_trials_are_chosen(chosen, numbers):
+    assert protocols.Protocol(10, None).numbers(chosen) == numbers
+
+
+@pytest.mark.parametrize("chosen", ["5-2", "x", "-1", "10", "20", "", "0-99", "0-10", "1,2", "1-", "-", "1-2-3", "3 ",
+                                    "ALL", "1.0"])
+def test_trials_that_there_are_not_are_refused(chosen):
+    with pytest.raises(UserError, match=rf"data\.trials={re.escape(repr(chosen))} .*0 to 9; .* all"):
+        protocols.Protocol(10, None).numbers(chosen)
+
+
+# --- what is refused
+
+def refusal(name, config, *parts):
+    """The one line that refuses a data set's protocol, which has `parts` in it."""
+    with pytest.raises(UserError) as error:
+        trials_of(name, config)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    return message
+
+
+def test_unknown_choices_of_cuhk03_are_refused(config):
+    refusal("cuhk03", config, "data.name='cuhk03'", "cuhk03/labeled or cuhk03/detected")
+    config.data.cuhk03_protocol = "767-700"
+    refusal("cuhk03/labeled", config, "data.cuhk03_protocol='767-700'", "single-shot, 767/700")
+    config.data.cuhk03_protocol, config.data.cuhk03_train_identities = "single-shot", 1_160
+    refusal("cuhk03/labeled", config, "data.cuhk03_train_identities=1160", "1367", "1260")
+
+
+def test_a_missing_list_of_cuhk03_is_named(config):
+    config.data.cuhk03_protocol = "767/700"
+    with mock.patch.object(protocols.datasets, "metadata", lambda *_: {"testsets": [], "new_protocol": None}):
+        refusal("cuhk03/labeled", config, "cuhk03/labeled was prepared without the lists of the 767/700 protocol",
+                "--overwrite")
+
+
+@pytest.mark.parametrize("name, repeated", [("cuhk03/labeled+cuhk03/detected", "cuhk03"),
+                                            ("viper+grid+viper", "viper")])
+def test_a_union_with_the_same_people_twice_is_refused(config, name, repeated):
+    refusal(name, config, f"data.name='{name}' has the people of {repeated} more than once")
+
+
+@pytest.mark.parametrize("name", ["cuhk03/labeled+market1501", "folder/train_only"])
+def test_a_set_without_queries_is_not_evaluated_on(config, name):
+    with pytest.raises(UserError, match=rf"evaluate\.datasets='{re.escape(name)}' has no queries"):
+        protocols.tests(name, config.data)
+    assert len(protocols.tests("viper", config.data)) == 10
+
+
+def test_a_set_that_is_not_prepared_is_named(config, tmp_path):
+    config.data.data_dir = str(tmp_path)
+    refusal("viper+grid", config, "viper is not prepared in", "jlml_jax.prepare viper")
+
+
+@pytest.mark.parametrize("name, missing", [("queries_only", "no gallery"),
+                                           ("gallery_only", "a gallery but no queries")])
+def test_half_a_test_is_refused(config, name, missing):
+    refusal(f"folder/{name}", config, f"folder/{name} has {missing}")
+
+
+def test_queries_without_a_match_are_refused_with_the_cause(config):
+    refusal("folder/one_camera", config, "2 of 2 queries of folder/one_camera, trial 0, ", "all images have camera 1",
+            "a.png, b.png")
+    message = refusal("folder/unmatched", config, "1 of 2 queries", "from another camera in the gallery: b.png")
+    assert "all images have" not in message
+
+
+def test_an_incomplete_copy_may_lack_matches(config, tmp_path):
+    """What it lacks is told by the number of queries that count, and in every row."""
+    counts = write_market1501(tmp_path / "source")
+    for path in (tmp_path / "source" / "bounding_box_test").glob("0001_c[23]*"):
+        path.unlink()
+    counts["gallery"]["images"] -= 4
+    config.data.data_dir = str(tmp_path / "as_published")
+    with mock.patch.object(Market1501, "EXPECTED", counts):
+        prepare.prepare("market1501", tmp_path / "source", config.data.data_dir)
+    refusal("market1501", config, "1 of 12 queries of market1501, trial 0, have no image", "0001_c1s1_000100_00.jpg")
+
+    config.data.data_dir = str(tmp_path / "incomplete")
+    prepare.prepare("market1501", tmp_path / "source", config.data.data_dir, incomplete="some are lost")
+    trial, = trials_of("market1501", config)
+    assert trial.incomplete.startswith("some are lost; ")
+    rows = evaluate.evaluate_trials([trial], features_of, config.evaluate)
+    assert_rows(rows, [trial], config)
+    assert {(row["num_queries"], row["incomplete"]) for row in rows} == {(11, trial.incomplete)}
+
+    for path in (tmp_path / "source" / "bounding_box_test").glob("*_c[23]*"):
+        path.unlink()
+    for path in (tmp_path / "source" / "query").glob("*_c[23]*"):
+        path.unlink()
+    config.data.data_dir = str(tmp_path / "one_camera")
+    prepare.prepare("market1501", tmp_path / "source", config.data.data_dir, incomplete="one camera")
+    refusal("market1501", config, "4 of 4 queries", "all images have camera 1")
+
+
+def test_a_test_on_people_who_were_trained_on_is_refused(config):
+    viper, market1501 = trials_of("viper", config), trials_of("market1501", config)[0]
+    shop, = trials_of("folder/train_only", config)
+
+    def refuse(trial, trained):
+        with pytest.raises(UserError) as error:
+            protocols.refuse_trained_on(trial, trained)
+        return str(error.value)
+
+    # another trial of the same run's protocol
+    other = next(trial for trial in viper if set(trial.identities()) != set(viper[0].identities()))
+    both = sorted(set(other.query.identities.tolist()) & set(viper[0].identities().tolist()))
+    trained = protocols.label_map(viper[0], None)
+    protocols.refuse_trained_on(viper[0], trained)
+    assert f"{len(both)} of the 3 test identities of viper, trial {other.number} (such as {both[0]})" in refuse(
+        other, trained)
+
+    # the run that the weights come from, and the one that these come from
+    union = protocols.label_map(trials_of("viper+grid", config)[0], None)
+    between = protocols.label_map(market1501, union)
+    last = protocols.label_map(shop, between)
+    for trained in (union, between, last, json.loads(json.dumps(last))):
+        message = refuse(viper[0], trained)
+        assert "3 of the 3 test identities of viper, trial 0 " in message and "trained on with viper+grid:" in message
+    protocols.refuse_trained_on(market1501, last)  # its people 2, 4, 6 and 8 were trained on; 1, 3, 5 and 7 were not
+
+    # the same numbers of another set are other people; CUHK03's two annotations are of the same ones
+    labeled, detected = (trials_of(f"cuhk03/{boxes}", config) for boxes in ("labeled", "detected"))
+    protocols.refuse_trained_on(market1501, protocols.label_map(labeled[0], None))
+    protocols.refuse_trained_on(detected[0], protocols.label_map(labeled[0], None))
+    assert "test identities of cuhk03/detected, trial 1 " in refuse(detected[1], protocols.label_map(labeled[0], None))
+    protocols.refuse_trained_on(trials_of("viper+grid", config)[0], union)  # no test, nothing to refuse
+
+
+def test_a_protocol_that_tests_on_its_training_identities_is_refused(config):
+    partitions = [{"train": [1, 2, 3], "test": [3, 4, 5]}]
+    with mock.patch.object(protocols.datasets, "metadata", lambda *_: {"partitions": partitions}):
+        refusal("grid", config, "1 test identities of grid, such as 3, are training identities too")
+
+
+# --- results
+
+def features_of(split):
+    """By hand, from the images' names: small integers, so that many distances are equal."""
+    values = np.array([np.random.default_rng(zlib.crc32(name.encode())).integers(0, 3, 6) for name in split.names],
+                      np.float32)
+    return {"global": values[:, :2], "local": values[:, 2:]}
+
+
+def expected_rows(trials, extract, config):
+    """(trial, protocol, feature, what `score` gives, the distances) by plain loops."""
+    rows = []
+    for trial in trials:
+        matching = {}
+        for part in ("query", "gallery", "multi_query"):
+            if (split := getattr(trial, part)) is not None:
+                matching[part] = matching_by_loops(extract(split), config.normalize)
+        labels = [values.tolist() for values in evaluate.labels_of(trial)]
+        queries = {trial.protocol: matching["query"]}
+        if trial.multi_query is not None and config.multi_query:
+            queries["multi-query"] = {
+                feature: pool_by_loops(trial, vectors, matching["multi_query"][feature], config.multi_query)
+                for feature, vectors in matching["query"].items()}
+        for protocol, query in queries.items():
+            for feature, vectors in query.items():
+                distances = squared_distances(vectors, matching["gallery"][feature])
+                scored = (score_single_shot if trial.single_gallery_shot else score)(distances, *labels, 50)
+                rows.append((trial.number, protocol, feature, scored, distances))
+    return rows
+
+
+def matching_by_loops(features, normalize):
+    def unit(vector):
+        return [value / math.hypot(*vector) for value in vector]
+
+    left, right = ([list(map(float, vector)) for vector in features[branch]] for branch in ("global", "local"))
+    if normalize == "per_branch":
+        left, right = list(map(unit, left)), list(map(unit, right))
+    joint = [[*one, *other] for one, other in zip(left, right, strict=True)]
+    if normalize == "joint":
+        left, right, joint = list(map(unit, left)), list(map(unit, right)), list(map(unit, joint))
+    return {"global": left, "local": right, "joint": joint}
+
+
+def pool_by_loops(trial, own, further, pooling):
+    pooled = []
+    for q in range(len(trial.query)):
+        same = [further[m] for m in range(len(trial.multi_query))
+                if trial.multi_query.identities[m] == trial.query.identities[q]
+                and trial.multi_query.cameras[m] == trial.query.cameras[q]]
+        combine = {"mean": statistics.fmean, "max": max}[pooling]
+        pooled.append([combine(values) for values in zip(*same, strict=True)] if same else own[q])
+    return pooled
+
+
+def assert_rows(rows, trials, config, extract=features_of):
+    """That the trials' rows, to 1e-6, and `rank_metrics` of their distances, to 1e-9, are those of plain loops."""
+    expected = expected_rows(trials, extract, config.evaluate)
+    assert [(row["trial"], row["protocol"], row["feature"]) for row in rows] == [wanted[:3] for wanted in expected]
+    for row, (number, _, _, scored, distances) in zip(rows, expected, strict=True):
+        trial = next(trial for trial in trials if trial.number == number)
+        cmc, *means, valid = scored
+        np.testing.assert_allclose([row[f"rank{rank}"] for rank in (1, 5, 10, 20)], cmc[[0, 4, 9, 19]], rtol=0,
+                                   atol=1e-6)
+        np.testing.assert_allclose([row[field] for field in ("mean_ap", "mean_ap_trapezoid", "mean_inp")], means,
+                                   rtol=0, atol=1e-6)
+        assert row["num_queries"] == len(valid)
+        assert_equal(metrics.rank_metrics(distances, *evaluate.labels_of(trial),
+                                          single_gallery_shot=trial.single_gallery_shot), scored)
+
+
+@pytest.mark.parametrize("name, chosen", [
+    ("market1501", "all"), ("viper", "all"), ("grid", "all"), ("cuhk03/labeled", "0"), ("cuhk03/detected", "18-19"),
+    ("folder/test_only", "all")])
+def test_results_equal_brute_force(config, name, chosen):
+    protocol = protocols.load(name, config.data)
+    trials = [protocol.trial(number) for number in protocol.numbers(chosen)]
+    rows = evaluate.evaluate_trials(trials, evaluate.FeatureCache(features_of), config.evaluate)
+    means = [row for row in rows if row["trial"] == "mean"]
+    rows = [row for row in rows if row["trial"] != "mean"]
+    assert_rows(rows, trials, config)
+    assert {row["dataset"] for row in rows} == {name}
+    assert {row["num_gallery"] for row in rows} == {
+        "market1501": {29}, "viper": {3}, "grid": {6}, "cuhk03/labeled": {100}, "cuhk03/detected": {100},
+        "folder/test_only": {5}}[name]
+    assert min(row["mean_ap"] for row in rows) > 0 and any(row["rank1"] < 1 for row in rows)
+    assert_means(means, rows)
+
+
+def assert_means(means, rows):
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["protocol"], row["feature"]), []).append(row)
+    groups = {key: group for key, group in groups.items() if len(group) > 1}
+    assert [(row["protocol"], row["feature"]) for row in means] == list(groups)
+    for mean, group in zip(means, groups.values(), strict=True):
+        assert mean["trials"] == [row["trial"] for row in group]
+        for field in evaluate.SCORES:
+            values = [row[field] for row in group]
+            assert mean[field] == pytest.approx(statistics.mean(values), abs=1e-12)
+            assert mean[f"{field}_std"] == pytest.approx(statistics.stdev(values), abs=1e-12)
+        for field in ("num_queries", "num_gallery"):
+            assert mean[field] == statistics.mean(row[field] for row in group)
+
+
+def test_cuhk03_767_700_equals_brute_force(config):
+    config.data.cuhk03_protocol = "767/700"
+    trials = trials_of("cuhk03/detected", config)
+    rows = evaluate.evaluate_trials(trials, features_of, config.evaluate)
+    assert_rows(rows, trials, config)
+    assert {row["num_gallery"] for row in rows} == {len(trials[0].gallery)}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", ""])
+def test_multi_query_equals_brute_force(config, pooling):
+    config.evaluate.multi_query = pooling
+    trials = trials_of("market1501", config)
+    rows = evaluate.evaluate_trials(trials, features_of, config.evaluate)
+    assert_rows(rows, trials, config)
+    assert {row["protocol"] for row in rows} == {"single-query", *(["multi-query"] if pooling else [])}
+
+
+def test_the_two_poolings_and_one_image_alone_differ(config):
+    trial, = trials_of("market1501", config)
+    query, further = features_of(trial.query)["local"], features_of(trial.multi_query)["local"]
+    pooled = {pooling: evaluate.pool_queries(trial, query, further, pooling) for pooling in evaluate.POOLING}
+    assert (pooled["mean"] != pooled["max"]).any() and (pooled["mean"] != query).any()
+    alone = trial.query.names.tolist().index("0003_c1s1_000300_00.jpg")  # gt_bbox has nothing of it
+    for values in pooled.values():
+        np.testing.assert_array_equal(values[alone], query[alone])
+
+
+@pytest.mark.parametrize("normalize", evaluate.NORMALIZE)
+def test_normalised_features_equal_brute_force(config, normalize):
+    config.evaluate.normalize = normalize
+
+    def extract(split):
+        values = np.array([np.random.default_rng(zlib.crc32(name.encode())).normal(size=5) for name in split.names])
+        return {"global": values[:, :2], "local": 3 * values[:, 2:]}
+
+    trials = trials_of("market1501", config)
+    assert_rows(evaluate.evaluate_trials(trials, extract, config.evaluate), trials, config, extract)
+
+
+def test_each_image_is_extracted_once(config):
+    seen = Counter()
+
+    def extract(split):
+        seen.update(split.names.tolist())
+        return features_of(split)
+
+    cache = evaluate.FeatureCache(extract)
+    trials = trials_of("viper", config)
+    rows = evaluate.evaluate_trials(trials, cache, config.evaluate)
+    assert rows == evaluate.evaluate_trials(trials, features_of, config.evaluate)
+    everyone = {name for trial in trials for split in (trial.query, trial.gallery) for name in split.names}
+    assert seen == dict.fromkeys(everyone, 1) and len(everyone) == 10
+    # in any order, one image twice in a split, all of them known or none
+    split = trials[0].train.select(np.array([3, 0, 3, 1]))
+    for _ in range(2):
+        for branch, values in cache(split).items():
+            np.testing.assert_array_equal(values, features_of(split)[branch])
+    assert max(seen.values()) == 1
