@@ -535,6 +535,13 @@ def test_normalised_features_equal_brute_force(config, normalize):
     assert_rows(evaluate.evaluate_trials(trials, extract, config.evaluate), trials, config, extract)
 
 
+def test_the_mean_of_one_trial_is_none(config, recwarn):
+    trial, = trials_of("market1501", config)
+    rows = evaluate.evaluate_trials([trial], features_of, config.evaluate)
+    assert evaluate.mean_rows(rows) == []
+    assert not recwarn.list  # NumPy's, of a standard deviation with no degree of freedom
+
+
 def test_each_image_is_extracted_once(config):
     seen = Counter()
 
