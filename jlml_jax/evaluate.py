@@ -189,7 +189,11 @@ def evaluate_baselines(trial: Trial, data: ml_collections.ConfigDict) -> list[di
     """Rows that any model must beat: chance, and a colour histogram by the metric that suits it best."""
     rng = np.random.default_rng(0)
     shape = (len(trial.query), len(trial.gallery))
-    draws = [metrics.rank_metrics(rng.random(shape, np.float32), *labels_of(trial)) for _ in range(CHANCE_DRAWS)]
+
+    def rank(distances: np.ndarray) -> metrics.RankingMetrics:
+        return metrics.rank_metrics(distances, *labels_of(trial), single_gallery_shot=trial.single_gallery_shot)
+
+    draws = [rank(rng.random(shape, np.float32)) for _ in range(CHANCE_DRAWS)]
     mean = metrics.RankingMetrics(
         cmc=np.mean([draw.cmc for draw in draws], axis=0),
         mean_ap=float(np.mean([draw.mean_ap for draw in draws])),
@@ -199,8 +203,8 @@ def evaluate_baselines(trial: Trial, data: ml_collections.ConfigDict) -> list[di
     )
     query = baselines.color_histogram(trial.query.decode(data.height, data.width))
     gallery = baselines.color_histogram(trial.gallery.decode(data.height, data.width))
-    histogram = max((metrics.rank_metrics(distances(query, gallery), *labels_of(trial))
-                     for distances in baselines.HISTOGRAM_METRICS.values()), key=lambda scores: scores.cmc[0])
+    histogram = max((rank(distances(query, gallery)) for distances in baselines.HISTOGRAM_METRICS.values()),
+                    key=lambda scores: scores.cmc[0])
     return [make_row(trial, trial.protocol, feature, "none", scores)
             for feature, scores in (("chance", mean), ("colour histogram", histogram))]
 

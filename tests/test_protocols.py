@@ -542,6 +542,17 @@ def test_the_mean_of_one_trial_is_none(config, recwarn):
     assert not recwarn.list  # NumPy's, of a standard deviation with no degree of freedom
 
 
+def test_baselines_are_ranked_as_the_protocol_has_it(config):
+    config.data.height, config.data.width = 8, 4
+    trial = protocols.load("cuhk03/detected", config.data).trial(0)
+    assert len(trial.gallery) > 100
+    chance, histogram = evaluate.evaluate_baselines(trial, config.data)
+    assert chance["num_gallery"] == histogram["num_gallery"] == 100
+    for row in (chance, histogram):  # one true match a query, where all images would make several
+        assert row["mean_ap"] == pytest.approx(row["mean_inp"], abs=1e-12)
+    assert chance["mean_ap"] == pytest.approx(sum(1 / rank for rank in range(1, 101)) / 100, abs=0.01)
+
+
 def test_each_image_is_extracted_once(config):
     seen = Counter()
 
