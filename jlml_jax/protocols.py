@@ -272,7 +272,7 @@ def _in(values: Iterable[Any], others: Iterable[Any]) -> list[bool]:
 
 def _checked(trial: Trial) -> Trial:
     """The trial, unless its splits cannot be those of a protocol."""
-    advice = f"prepare {trial.dataset} again from the original files"
+    advice = f"mend the original files and prepare {trial.dataset} again"
     parts = {part: split for part in ("train", "query", "gallery") if (split := getattr(trial, part)) is not None}
     for part, split in parts.items():
         if not len(split):
@@ -292,7 +292,7 @@ def _checked(trial: Trial) -> Trial:
     unmatched = list(_without_match(trial.query, trial.gallery))
     if len(unmatched) == len(trial.query) or unmatched and not trial.incomplete:
         cameras = np.unique(np.concatenate([trial.query.cameras, trial.gallery.cameras]))
-        cause = f" (all images have camera {cameras[0]})" if len(cameras) == 1 else ""
+        cause = " (all images are from one camera)" if len(cameras) == 1 else ""
         raise UserError(f"{len(unmatched)} of {len(trial.query)} queries of {trial.dataset}, trial {trial.number}, "
                         f"have no image of the same person from another camera in the gallery{cause}: "
                         f"{first_few(unmatched)}; {advice}")
