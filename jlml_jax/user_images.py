@@ -1,0 +1,278 @@
+"""A user's own images: listed from a folder, a CSV or a glob, then read, cropped, resized and hashed in threads."""
+
+import collections
+import csv
+import dataclasses
+import glob
+import hashlib
+import itertools
+import math
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jlml_jax.datasets.base import first_few, open_rgb, resize
+from jlml_jax.errors import UserError
+
+_MARKET_NAME = re.compile(r"(-1|\d{4})_c(\d+)s\d+_\d+_\d+(\.\w+)+")
+_BOX_COLUMNS = ("x", "y", "width", "height")
+_COLUMNS = ("image", "identity", "camera", *_BOX_COLUMNS)
+_MIN_SIDE = 4  # pixels; less than that shows nobody
+_AHEAD = 256  # images read before they are asked for: enough for the device never to wait, and bounded
+
+Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the upright frame
+
+
+@dataclasses.dataclass(frozen=True)
+class UserImage:
+    """One image, or one box of a full frame, not yet read."""
+
+    path: Path
+    file: str  # its name for the user: within the folder, as in the CSV, as the glob gave it
+    identity: str = ""  # empty: not known
+    camera: str = ""
+    box: Box | None = None  # None: all of the image
+    row: int | None = None  # line of the CSV
+
+    def __str__(self) -> str:
+        """For messages."""
+        return printable(self.file) + (f" (line {self.row})" if self.row is not None else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The images that `list_images` found, in order."""
+
+    images: list[UserImage]
+    root: Path  # what `file` is relative to
+    notes: tuple[str, ...] = ()  # lines to tell the user
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedImage:
+    """What became of an image: `pixels`, uint8 [height, width, 3]; or neither, if it was known; or an `error`."""
+
+    image: UserImage
+    digest: bytes = b""  # SHA-256 of the file's bytes and the box
+    pixels: np.ndarray | None = None
+    error: str | None = None
+
+
+def printable(text: str) -> str:
+    """`text` if a terminal shows all of it as it is, else with escapes: names of files may hold anything."""
+    return text if text.isprintable() else ascii(text)
+
+
+def list_images(source: str) -> Listing:
+    """Lists images: a folder's, searched to the bottom and sorted by path; a CSV's; a glob's, sorted; or one file.
+
+    In a folder, files that by their suffix are no images are left out, and so is what is hidden. A CSV has the columns
+    image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder and must stay in it, also where
+    symbolic links lead. Where all names of a folder or glob are like Market-1501's (0002_c1s1_000451_03.jpg), identity
+    and camera are read from them.
+
+    Raises:
+        UserError: there are none, or the CSV has rows that cannot be right.
+    """
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            listing = _list_folder(path)
+        elif path.suffix.lower() == ".csv" and path.is_file():
+            listing = _read_csv(path)
+        elif path.is_file():
+            listing = _with_market_names([UserImage(path, source)], Path())
+        elif glob.has_magic(source):
+            names = [name for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+            listing = _with_market_names([UserImage(Path(name), name) for name in names], Path())
+        else:
+            raise UserError(f"{source} does not exist; give an image, a folder, a CSV or a glob in quotes")
+    except OSError as error:
+        raise UserError(f"cannot read {source} ({error}); give readable images") from error
+    if not listing.images:
+        raise UserError(f"{source} has no images; give a folder, a CSV or a glob that has")
+    broken = [ascii(image.file) for image in listing.images if not _is_unicode(image.file)]
+    if broken:
+        raise UserError(f"{len(broken)} file names in {source} are not valid UTF-8: {first_few(broken)}; rename them")
+    return listing
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _list_folder(root: Path) -> Listing:
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images, others = [], []
+
+    def fail(error: OSError) -> None:  # os.walk would pass over a folder that it cannot read
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith("."):
+                (images if path.suffix.lower() in suffixes else others).append(path)
+    named = [UserImage(path, path.relative_to(root).as_posix()) for path in sorted(images)]
+    listing = _with_market_names(named, root)
+    if not others:
+        return listing
+    left_out = first_few([printable(path.relative_to(root).as_posix()) for path in sorted(others)])
+    return dataclasses.replace(listing, notes=(
+        f"{len(others)} files are no images by their names and are left out: {left_out}", *listing.notes))
+
+
+def _with_market_names(images: list[UserImage], root: Path) -> Listing:
+    """Adds identity and camera if every name has them."""
+    matches = [_MARKET_NAME.fullmatch(image.path.name) for image in images]
+    if not images or not all(matches):
+        return Listing(images, root)
+    images = [dataclasses.replace(image, identity=str(int(match[1])), camera=str(int(match[2])))
+              for image, match in zip(images, matches, strict=True)]
+    return Listing(images, root, ("identity and camera are read from the names, which are like Market-1501's",))
+
+
+def _read_csv(path: Path) -> Listing:
+    root = path.parent
+    resolved_root = root.resolve()
+    images, bad = [], []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
+            columns = [column.strip() for column in reader.fieldnames or ()]
+            _check_columns(path, columns)
+            reader.fieldnames = columns
+            for row in reader:
+                try:
+                    images.append(_csv_image(row, reader.line_num, root, resolved_root))
+                except ValueError as error:
+                    bad.append(f"line {reader.line_num}: {error}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a CSV in UTF-8 ({error}); save it as one") from error
+    if bad:
+        raise UserError(f"{path} has {len(bad)} bad rows: {first_few(bad, '; ')}; mend or remove them")
+    unused = [column for column in columns if column not in _COLUMNS]
+    return Listing(images, root, (f"columns not used: {', '.join(map(printable, unused))}",) if unused else ())
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    form = "image[,identity][,camera][,x,y,width,height]"
+    if "image" not in columns:
+        raise UserError(f"{path} has no column `image` in its first line; its columns are {form}")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path} has a column twice; its columns are {form}")
+    missing = [column for column in _BOX_COLUMNS if column not in columns]
+    if 0 < len(missing) < len(_BOX_COLUMNS):
+        raise UserError(f"{path} lacks {', '.join(missing)} of a box; its columns are {form}")
+
+
+def _csv_image(row: dict[str, str], line: int, root: Path, resolved_root: Path) -> UserImage:
+    """One row; a ValueError says what is wrong with it."""
+    if None in row or None in row.values():
+        raise ValueError("it has not as many fields as the first line")
+    row = {column: value.strip() for column, value in row.items()}
+    file = row["image"]
+    shown = printable(file)
+    if not file or "\0" in file:
+        raise ValueError(f"the image {shown!r} is no path")
+    # The text first: what lies outside is not even looked at.
+    inside = os.path.normpath(file)
+    if os.path.isabs(file) or inside == os.pardir or inside.startswith(os.pardir + os.sep):
+        raise ValueError(f"{shown} leaves the folder of the CSV")
+    path = root / inside
+    if not path.resolve().is_relative_to(resolved_root):
+        raise ValueError(f"{shown} leaves the folder of the CSV by a symbolic link")
+    box = None
+    if "x" in row:
+        try:
+            numbers = [float(row[column]) for column in _BOX_COLUMNS]
+        except ValueError as error:
+            raise ValueError(f"the box of {shown} is not four numbers") from error
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"the box of {shown} is not finite")
+        box = tuple(map(round, numbers))
+        if box[2] < 1 or box[3] < 1:
+            raise ValueError(f"the box of {shown} is {box[2]} x {box[3]} pixels, which is nothing")
+    return UserImage(path, Path(inside).as_posix(), row.get("identity", ""), row.get("camera", ""), box, line)
+
+
+def load_images(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes] = frozenset()
+                ) -> Iterator[LoadedImage]:
+    """Reads images in order, in threads and ahead of the caller. Boxes of one frame that follow each other decode once.
+
+    What has a digest in `known` is hashed, but not decoded.
+    """
+    frames = (list(group) for _, group in itertools.groupby(images, lambda image: image.path))
+    pool = ThreadPoolExecutor()  # Pillow and hashlib release the GIL
+    pending = collections.deque()
+    try:
+        for frame in frames:
+            pending.append(pool.submit(_load_frame, frame, height, width, known))
+            if len(pending) > _AHEAD:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes]) -> list[LoadedImage]:
+    try:
+        encoded = images[0].path.read_bytes()
+    except OSError as error:
+        return [LoadedImage(image, error=f"{image} cannot be read ({error.strerror})") for image in images]
+    digest = hashlib.sha256(encoded)
+    frame, loaded = None, []
+    for image in images:
+        own = digest.copy()
+        if image.box is not None:
+            own.update("\0{},{},{},{}".format(*image.box).encode())
+        if own.digest() in known:
+            loaded.append(LoadedImage(image, own.digest()))
+            continue
+        try:
+            if frame is None:
+                frame = open_rgb(encoded, str(image))
+            loaded.append(LoadedImage(image, own.digest(), np.asarray(resize(_crop(frame, image), height, width))))
+        except UserError as error:
+            loaded.append(LoadedImage(image, error=str(error)))
+    return loaded
+
+
+def _crop(frame: Image.Image, image: UserImage) -> Image.Image:
+    if image.box is not None:
+        x, y, width, height = image.box
+        if x < 0 or y < 0 or x + width > frame.width or y + height > frame.height:
+            raise UserError(f"{image}: the box {x}, {y}, {width}, {height} is not within the frame of "
+                            f"{frame.width} x {frame.height} pixels")
+        frame = frame.crop((x, y, x + width, y + height))
+    if min(frame.size) < _MIN_SIDE:
+        raise UserError(f"{image} has {frame.width} x {frame.height} pixels, which shows nobody")
+    return frame
+
+
+def load_one(image: UserImage, height: int, width: int) -> np.ndarray:
+    """The pixels of one image, uint8 [height, width, 3]; a UserError if it is bad."""
+    loaded, = load_images([image], height, width)
+    if loaded.error:
+        raise UserError(loaded.error)
+    return loaded.pixels
+
+
+def load_query(file: str, height: int, width: int) -> tuple[UserImage, np.ndarray]:
+    """The one image `file`, and its pixels, uint8 [height, width, 3]; a UserError if it is not one good image."""
+    images = list_images(file).images
+    if len(images) > 1 or Path(file).suffix.lower() == ".csv":
+        raise UserError(f"{file} is not one image; give the file of one")
+    return images[0], load_one(images[0], height, width)

@@ -1,0 +1,219 @@
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jlml_jax import user_images
+from jlml_jax.errors import UserError
+from jlml_jax.user_images import list_images, load_images, load_one
+
+RED, BLUE = (220, 20, 20), (20, 20, 220)
+
+
+def write_image(path, size=(16, 32), mode="RGB", color=RED, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).convert(mode).save(path, **options)
+    return path
+
+
+def loaded(path, height=8, width=8):
+    image, = list_images(str(path)).images
+    return load_one(image, height, width)
+
+
+def test_a_folder_is_searched_to_the_bottom_and_sorted(tmp_path):
+    for name in ("b.png", "a/z.JPG", "a/y.webp", ".hidden/x.png", "a/._z.JPG"):
+        write_image(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    listing = list_images(str(tmp_path))
+    assert [image.file for image in listing.images] == ["a/y.webp", "a/z.JPG", "b.png"]
+    assert "1 files" in listing.notes[0] and "notes.txt" in listing.notes[0]
+    assert [image.file for image in list_images(str(tmp_path / "**" / "*.png")).images] == [str(tmp_path / "b.png")]
+
+
+@pytest.mark.parametrize(("names", "expected"), [
+    (["0002_c1s1_000451_03.jpg", "-1_c6s3_000001_00.jpg.jpg"], [("-1", "6"), ("2", "1")]),
+    (["0002_c1s1_000451_03.jpg", "holiday.jpg"], [("", ""), ("", "")]),
+])
+def test_market_names_count_only_if_all_are_such(tmp_path, names, expected):
+    for name in names:
+        write_image(tmp_path / name)
+    listing = list_images(str(tmp_path))
+    assert [(image.identity, image.camera) for image in listing.images] == expected
+    assert bool(listing.notes) == bool(expected[0][0])
+
+
+def test_a_csv_gives_identity_camera_and_box(tmp_path):
+    frame = Image.new("RGB", (40, 30), RED)
+    frame.paste(BLUE, (10, 5, 26, 25))
+    (tmp_path / "frames").mkdir()
+    frame.save(tmp_path / "frames" / "f.png")
+    (tmp_path / "boxes.csv").write_text(
+        "\ufeffimage, identity,camera,x,y,width,height,score\n"
+        "frames/f.png,anna,door,10,5,16,20,0.9\nframes/./f.png,,,0,0,8.4,8,0.8\n", encoding="utf-8")
+    listing = list_images(str(tmp_path / "boxes.csv"))
+    anna, other = listing.images
+    assert (anna.file, anna.identity, anna.camera, anna.box) == ("frames/f.png", "anna", "door", (10, 5, 16, 20))
+    assert (other.file, other.identity, other.camera, other.box) == ("frames/f.png", "", "", (0, 0, 8, 8))
+    assert listing.notes == ("columns not used: score",)
+    crops = list(load_images(listing.images, 20, 16))
+    assert (crops[0].pixels == BLUE).all() and (crops[1].pixels == RED).all()
+    assert crops[0].digest != crops[1].digest
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("file\na.png\n", "no column `image`"),
+    ("image,image\na.png,a.png\n", "a column twice"),
+    ("image,x,y\na.png,1,2\n", "lacks width, height of a box"),
+    ("image,camera\na.png\n", "line 2: it has not as many fields"),
+    ("image,camera\na.png,1,2\n", "line 2: it has not as many fields"),
+    ("image\na.png\n../secret.png\n", "line 3: ../secret.png leaves the folder"),
+    ("image\nsub/../../secret.png\n", "line 2: sub/../../secret.png leaves the folder"),
+    ("image\n/etc/passwd\n", "line 2: /etc/passwd leaves the folder"),
+    ("image\nlink/secret.png\n", "line 2: link/secret.png leaves the folder of the CSV by a symbolic link"),
+    ("image,x,y,width,height\na.png,0,0,0,5\n", "line 2: the box of a.png is 0 x 5"),
+    ("image,x,y,width,height\na.png,0,0,5,-5\n", "line 2: the box of a.png is 5 x -5"),
+    ("image,x,y,width,height\na.png,0,0,5,\n", "line 2: the box of a.png is not four numbers"),
+    ("image,x,y,width,height\na.png,0,nan,5,5\n", "line 2: the box of a.png is not finite"),
+    ("image\n", "has no images"),
+    ("", "no column `image`"),
+    ('image\n"a.png\n', "not a CSV"),
+    (b"image\n\xff.png\n", "not a CSV in UTF-8"),
+])
+def test_a_csv_that_cannot_be_right_is_refused(tmp_path, text, message):
+    folder = tmp_path / "folder"
+    write_image(folder / "a.png")
+    write_image(tmp_path / "secret.png")
+    (folder / "link").symlink_to(tmp_path)
+    path = folder / "list.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        list_images(str(path))
+    assert message in str(error.value) and "list.csv" in str(error.value)
+
+
+def test_a_link_within_the_folder_of_the_csv_may_be_followed(tmp_path):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("a.png")
+    (tmp_path / "list.csv").write_text("image\nb.png\n")
+    assert list_images(str(tmp_path / "list.csv")).images[0].file == "b.png"
+
+
+@pytest.mark.parametrize("source", ["nothing", "nothing/*.png"])
+def test_what_is_not_there_is_refused(tmp_path, source):
+    with pytest.raises(UserError, match="nothing"):
+        list_images(str(tmp_path / source))
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [
+    (".jpg", "RGB"), (".jpg", "L"), (".jpg", "CMYK"), (".png", "P"), (".png", "1"), (".png", "LA"), (".png", "RGBA"),
+    (".webp", "RGB"), (".bmp", "RGB"), (".gif", "P"), (".tif", "RGB"), (".tif", "CMYK"), (".tif", "LAB"),
+    (".ppm", "RGB"),
+])
+def test_modes_and_containers(tmp_path, suffix, mode):
+    if mode == "LAB":
+        path = tmp_path / f"a{suffix}"
+        Image.new("LAB", (16, 32), (128, 128, 128)).save(path)
+        assert loaded(path).shape == (8, 8, 3)
+        return
+    pixels = loaded(write_image(tmp_path / f"a{suffix}", mode=mode))
+    assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+    if mode == "1":
+        assert set(np.unique(pixels)) <= set(range(256))
+    else:
+        grey = round(0.299 * RED[0] + 0.587 * RED[1] + 0.114 * RED[2])
+        expected = (grey,) * 3 if mode in ("L", "LA") else RED
+        np.testing.assert_allclose(pixels.reshape(-1, 3).mean(0), expected, atol=12)
+
+
+def test_exif_rotation_and_transparency(tmp_path):
+    image = Image.new("RGB", (40, 20), RED)
+    image.paste(BLUE, (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: what was left is above
+    image.save(tmp_path / "turned.png", exif=exif)
+    pixels = loaded(tmp_path / "turned.png", 40, 20)
+    assert (pixels[:18] == BLUE).all() and (pixels[22:] == RED).all()
+
+    clear = Image.new("RGBA", (16, 16), (*RED, 0))
+    clear.paste((*BLUE, 255), (0, 0, 16, 8))
+    clear.save(tmp_path / "clear.png")
+    pixels = loaded(tmp_path / "clear.png", 16, 16)
+    assert (pixels[:8] == BLUE).all() and (pixels[8:] == 128).all()
+
+
+def test_bad_images_are_told_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    good = write_image(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:60])
+    (tmp_path / "text.png").write_text("text")
+    write_image(tmp_path / "one.png", (1, 1))
+    write_image(tmp_path / "large.png", (40, 40))
+    write_image(tmp_path / "bomb.png", (100, 100))
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    write_image(tmp_path / "gone.png")
+    images = list_images(str(tmp_path)).images
+    (tmp_path / "gone.png").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        results = {result.image.file: result for result in load_images(images, 8, 8)}
+    assert results["good.png"].error is None
+    for name, words in {
+        "cut.png": "does not decode", "text.png": "not an image", "one.png": "1 x 1 pixels", "gone.png": "be read",
+        "large.png": "40 x 40 pixels", "bomb.png": "decompression bomb", "deep.png": "more than 8 bits",
+    }.items():
+        assert name in results[name].error and words in results[name].error and results[name].pixels is None
+
+
+def test_a_box_beyond_its_frame_is_told_by_its_line(tmp_path):
+    write_image(tmp_path / "f.png", (40, 30))
+    (tmp_path / "b.csv").write_text("image,x,y,width,height\nf.png,0,0,40,30\nf.png,30,0,11,10\nf.png,-1,0,9,9\n")
+    errors = [result.error for result in load_images(list_images(str(tmp_path / "b.csv")).images, 8, 8)]
+    assert errors[0] is None
+    assert "f.png (line 3): the box 30, 0, 11, 10 is not within the frame of 40 x 30" in errors[1]
+    assert "(line 4)" in errors[2]
+
+
+def test_damaged_files_are_errors_of_the_user_never_bugs(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (24, 16, 3), np.uint8))
+    wrong = 0
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "ICO", "TGA", "PPM", "JPEG2000"):
+        encoded = io.BytesIO()
+        noise.save(encoded, kind)
+        for _ in range(40):
+            damaged = bytearray(encoded.getvalue()[:rng.integers(1, len(encoded.getvalue()))])
+            for position in rng.integers(0, len(damaged), 8):
+                damaged[position] = rng.integers(256)
+            path = tmp_path / f"d.{kind}"
+            path.write_bytes(damaged)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result, = load_images([user_images.UserImage(path, "d")], 8, 8)
+            wrong += result.error is not None
+    assert wrong > 100
+
+
+def test_frames_decode_once_and_known_images_never(tmp_path, monkeypatch):
+    decoded = []
+    original = user_images.open_rgb
+    monkeypatch.setattr(user_images, "open_rgb", lambda data, name: decoded.append(name) or original(data, name))
+    write_image(tmp_path / "f.png", (40, 30))
+    write_image(tmp_path / "g.png", (40, 30), color=BLUE)
+    (tmp_path / "b.csv").write_text("image,x,y,width,height\n" + "".join(
+        f"{name},{x},0,10,10\n" for name in ("f.png", "g.png") for x in range(5)))
+    images = list_images(str(tmp_path / "b.csv")).images
+    results = list(load_images(images, 8, 8))
+    assert len(decoded) == 2 and [result.image for result in results] == images
+    known = {result.digest for result in results}
+    assert len(known) == 10
+    assert all(result.pixels is None and not result.error for result in load_images(images, 8, 8, known))
+    assert len(decoded) == 2
+
+
+def test_names_that_a_terminal_would_obey_are_escaped():
+    assert user_images.printable("a\x1b[2J.png") == r"'a\x1b[2J.png'"
+    assert user_images.printable("zoë.png") == "zoë.png"
