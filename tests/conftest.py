@@ -15,6 +15,7 @@ from market1501_miniature import write_market1501
 from configs import default
 from jlml_jax import prepare
 from jlml_jax.datasets.market1501 import Market1501
+from jlml_jax.train import train_and_evaluate
 
 
 @pytest.fixture(scope="session")
@@ -40,12 +41,10 @@ def refused(capsys):
     return run
 
 
-@pytest.fixture
-def tiny_config(market1501_dir):
-    """A run of seconds: the whole network in small, on the miniature Market-1501."""
+def make_tiny_config(data_dir):
     config = default.get_config()
     config.name = "tiny"
-    config.data.name, config.data.data_dir = "market1501", str(market1501_dir)
+    config.data.name, config.data.data_dir = "market1501", str(data_dir)
     config.data.height, config.data.width = 32, 16
     config.model.num_strips, config.model.depth, config.model.stem_features = 2, 1, 4
     config.model.global_widths = config.model.local_widths = (4, 8)  # every stage more costs seconds of compilation
@@ -55,3 +54,19 @@ def tiny_config(market1501_dir):
     config.log_every, config.checkpoint_every = 4, 6
     config.compilation_cache = ""  # that of all tests
     return config
+
+
+@pytest.fixture
+def tiny_config(market1501_dir):
+    """A run of seconds: the whole network in small, on the miniature Market-1501."""
+    return make_tiny_config(market1501_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(market1501_dir, tmp_path_factory):
+    """The folder of a trained run, to be read only: that of `tiny_config`, whose features are of 16 + 16."""
+    config = make_tiny_config(market1501_dir)
+    config.evaluate.normalize = "per_branch"
+    folder = tmp_path_factory.mktemp("tiny_run") / "run"
+    train_and_evaluate(config, folder, "train")
+    return folder

@@ -1,0 +1,157 @@
+"""The matching features of a trained run, for images from anywhere."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jlml_jax import evaluate, parallel
+from jlml_jax.checkpoints import SavedRun, load_run
+from jlml_jax.datasets.base import first_few
+from jlml_jax.errors import UserError
+from jlml_jax.models import build_model
+from jlml_jax.user_images import LoadedImage, UserImage, load_images, printable
+
+# Fields of config.model that say how it was trained, not what it computes.
+_TRAINING_FIELDS = ("loss", "norm_momentum")
+
+_LOOK_ON = 255  # images after a bad one that are read, though not embedded, to name more bad ones at once
+_MAX_SEEN = 1024  # known images handed on at a time
+
+
+def load_extractor(workdir: str | Path) -> "Extractor":
+    """The trained network of the run in `workdir`, on all devices of this process.
+
+    Raises:
+        UserError: there is no run, it has no checkpoint yet, or it does not restore.
+    """
+    return Extractor(load_run(workdir), parallel.make_mesh(jax.local_devices()))
+
+
+class Extractor:
+    """A function of images, uint8 [B, height, width, 3], to their matching features, float32 [B, dim].
+
+    Any B will do: images go to the device in batches of `evaluate.batch_size`, the last one padded, so that nothing is
+    compiled again for another B. No more images than there are devices go in a batch of that size, so that one image
+    costs no more than one. The features are normalised as the run's `evaluate.normalize` says; L2 distance compares
+    them.
+
+    Attributes:
+        height, width: the input size of the run, pixels.
+        dim: length of a feature: 1,024 unless the run says otherwise.
+        batch_size: images a full batch.
+        fingerprint: 16 hex digits that differ where features would: over the weights and the fields of the config that
+            change them. Features of two fingerprints must not be compared.
+    """
+
+    def __init__(self, run: SavedRun, mesh: Mesh):
+        config = run.config
+        if config.compilation_cache:
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+        model = build_model(config, num_identities=0)
+        params = {name: leaf for name, leaf in run.variables["params"].items() if not name.endswith("_identity")}
+        variables = {"params": params, "batch_stats": run.variables["batch_stats"]}
+        self.height, self.width = config.data.height, config.data.width
+        self.dim = sum(config.model[f"{branch}_feature_dim"] for branch in model.active_branches())
+        self.batch_size = -(-config.evaluate.batch_size // mesh.size) * mesh.size
+        self.fingerprint = _fingerprint(config, variables)
+        self._normalize, self._mesh = config.evaluate.normalize, mesh
+        self._variables = parallel.replicate(variables, mesh)
+        self._forward = evaluate.make_forward(model, config.data, mesh)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Raises ValueError for another dtype or shape, UserError if the weights are such that features overflow."""
+        images = np.asarray(images)
+        expected = (self.height, self.width, 3)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(f"images must be uint8 [B, {self.height}, {self.width}, 3], got {images.dtype} "
+                             f"{list(images.shape)}")
+        size = self._mesh.size if len(images) <= self._mesh.size else self.batch_size
+        features = np.empty((len(images), self.dim), np.float32)
+        for start in range(0, len(images), size):
+            rows = images[start:start + size]
+            padded = np.zeros((size, *expected), np.uint8)
+            padded[:len(rows)] = rows
+            branches = self._forward(self._variables, parallel.shard_batch(padded, self._mesh))
+            branches = {name: np.asarray(values, np.float32)[:len(rows)] for name, values in branches.items()}
+            matching = evaluate.matching_features(branches, self._normalize)
+            features[start:start + size] = list(matching.values())[-1]  # joint where there are two branches
+        if not np.isfinite(features).all():
+            raise UserError("features are not finite; the weights are unusable: train again")
+        return features
+
+
+def _fingerprint(config: ml_collections.ConfigDict, variables: dict[str, Any]) -> str:
+    model = {name: value for name, value in config.model.items() if name not in _TRAINING_FIELDS}
+    data = {name: config.data[name] for name in ("height", "width", "mean", "std")}
+    fields = {"model": model, "data": data, "normalize": config.evaluate.normalize}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    leaves = jax.tree_util.tree_leaves_with_path(variables)  # in the order of the sorted paths
+    for path, leaf in leaves:
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf)
+    return digest.hexdigest()[:16]
+
+
+def check_fingerprint(what: str, fingerprint: str, extractor: Extractor) -> None:
+    """Refuses features that another model has made."""
+    if fingerprint != extractor.fingerprint:
+        raise UserError(f"{what} was made by another model (fingerprint {fingerprint}) than that of --workdir "
+                        f"({extractor.fingerprint}); give its run, or make it anew")
+
+
+def embed(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool,
+          known: Collection[bytes] = frozenset()) -> Iterator[tuple[list[LoadedImage], list[LoadedImage], np.ndarray]]:
+    """Reads and embeds images batch by batch, with progress and the time left on a terminal.
+
+    Yields the images that were embedded, those that were not because their digest is in `known`, and the features
+    [number embedded, dim]. With `keep_going`, bad images are left out and told on stderr at the end.
+
+    Raises:
+        UserError: images are bad, and it is not to keep going, or there are no others.
+    """
+    errors, embedded, seen, good, last = [], [], [], 0, len(images)
+    progress = tqdm(load_images(images, extractor.height, extractor.width, known), "embedding", len(images),
+                    unit=" images", leave=False, disable=None)
+    with contextlib.closing(progress):
+        for position, loaded in enumerate(progress, 1):
+            if loaded.error:
+                last = last if errors else position + _LOOK_ON
+                errors.append(loaded.error)
+            if errors and not keep_going:
+                if position == last:
+                    break
+                continue
+            if not loaded.error:
+                good += 1
+                (embedded if loaded.pixels is not None else seen).append(loaded)
+            if len(embedded) == extractor.batch_size or len(seen) == _MAX_SEEN:
+                yield embedded, seen, _features(embedded, extractor)
+                embedded, seen = [], []
+    if errors and not keep_going:
+        raise UserError(f"{len(errors)} of the first {position:,} images (of {len(images):,}) are bad: "
+                        f"{first_few(errors, '; ')}; mend or remove them, or skip them with --keep_going")
+    if embedded or seen:
+        yield embedded, seen, _features(embedded, extractor)
+    for error in errors:
+        print("skipped:", printable(error), file=sys.stderr)
+    if errors:
+        print(f"{len(errors)} of {len(images):,} images were skipped", file=sys.stderr)
+    if not good:
+        raise UserError(f"no image can be read: {first_few(errors, '; ')}; give others")
+
+
+def _features(loaded: list[LoadedImage], extractor: Extractor) -> np.ndarray:
+    shape = (len(loaded), extractor.height, extractor.width, 3)
+    return extractor(np.array([image.pixels for image in loaded], np.uint8).reshape(shape))

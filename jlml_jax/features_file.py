@@ -1,0 +1,163 @@
+"""Features of a user's images in one file, .npz or .parquet, with what is known of each image.
+
+`.npz` (NumPy, read with allow_pickle=False) has the arrays
+  features     float32 [N, D]
+  files        str [N], relative to `root`
+  identities   str [N], empty where not known
+  cameras      str [N], empty where not known
+  boxes        int32 [N, 4]: x, y, width, height in pixels of the frame; only if the images are boxes of frames
+  root         str, the folder that the files are in
+  fingerprint  str, of the model (`extractor.Extractor.fingerprint`)
+`.parquet` has a row an image with the columns file, identity, camera (null where not known), x, y, width, height (if
+there are boxes) and features (a list of D float32); root and fingerprint are metadata of its schema.
+"""
+
+import contextlib
+import dataclasses
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from jlml_jax.errors import UserError
+from jlml_jax.user_images import UserImage
+
+SUFFIXES = (".npz", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeaturesFile:
+    """What such a file holds."""
+
+    features: np.ndarray  # float32 [N, D]
+    files: np.ndarray  # str [N]
+    identities: np.ndarray  # str [N]
+    cameras: np.ndarray  # str [N]
+    boxes: np.ndarray | None  # int32 [N, 4]
+    root: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def image(self, row: int) -> UserImage:
+        """The image that row `row` is of."""
+        file = str(self.files[row])
+        box = None if self.boxes is None else tuple(self.boxes[row].tolist())
+        return UserImage(Path(self.root, file), file, str(self.identities[row]), str(self.cameras[row]), box)
+
+
+def check_output(path: Path) -> None:
+    """A UserError if features cannot be written to `path`: told before they are computed, not after."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path} is neither {' nor '.join(SUFFIXES)}; give a name that ends so")
+    if path.suffix == ".parquet":
+        _pyarrow()
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise UserError(f"cannot write {path}: {path.parent} is not a folder that can be written to, or {path.name} is "
+                        "a folder; give another --output")
+
+
+def write(path: Path, table: FeaturesFile) -> None:
+    """Writes all of the file or nothing, in place of one that may be there."""
+    def write_npz(file: BinaryIO) -> None:
+        fields = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
+        np.savez(file, **{name: np.asarray(value) for name, value in fields.items() if value is not None})
+
+    def write_parquet(file: BinaryIO) -> None:
+        pa, parquet = _pyarrow()
+        columns = {"file": pa.array(table.files.tolist(), pa.string())}
+        for name, values in (("identity", table.identities), ("camera", table.cameras)):
+            columns[name] = pa.array([value or None for value in values.tolist()], pa.string())
+        if table.boxes is not None:
+            columns |= {name: pa.array(table.boxes[:, i]) for i, name in enumerate(("x", "y", "width", "height"))}
+        columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(table.features.ravel()),
+                                                                table.features.shape[1])
+        metadata = {"root": table.root, "fingerprint": table.fingerprint}
+        parquet.write_table(pa.table(columns).replace_schema_metadata(metadata), file)
+
+    try:
+        _replace_atomically(path, write_npz if path.suffix == ".npz" else write_parquet)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}), what was there is as it was; make room or "
+                        "give another --output") from error
+
+
+def _replace_atomically(path: Path, write_to: Callable[[BinaryIO], None]) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write_to(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def read(path: Path) -> FeaturesFile:
+    """Reads what `write` has written.
+
+    Raises:
+        UserError: it is no such file, or damaged.
+    """
+    try:
+        table = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
+        n = len(table.features)
+        if table.features.ndim != 2 or table.features.dtype != np.float32 or not table.features.shape[1]:
+            raise ValueError(f"its features are {table.features.dtype} {list(table.features.shape)}")
+        if any(column.shape != (n,) for column in (table.files, table.identities, table.cameras)):
+            raise ValueError("its columns are not of one length")
+        if table.boxes is not None and (table.boxes.shape != (n, 4) or table.boxes.dtype.kind != "i"):
+            raise ValueError("its boxes are not four integers each")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error}); give a file that extract has made") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a whole file of features ({' '.join(map(str, error.args))}); make it again "
+                        "with python -m jlml_jax.extract") from error
+    bad = np.flatnonzero(~np.isfinite(table.features).all(axis=1))
+    if len(bad):
+        raise UserError(f"{path} has features that are not finite in {len(bad)} rows, the first of them {bad[0]}; make "
+                        "it again with python -m jlml_jax.extract")
+    return table
+
+
+def _read_npz(path: Path) -> FeaturesFile:
+    with np.load(path, allow_pickle=False) as arrays:
+        text = {name: arrays[name] for name in ("files", "identities", "cameras", "root", "fingerprint")}
+        for name, values in text.items():
+            if values.dtype.kind != "U":
+                raise ValueError(f"{name} is {values.dtype}, not text")
+        text |= {name: str(text[name]) for name in ("root", "fingerprint")}
+        return FeaturesFile(arrays["features"], boxes=arrays.get("boxes"), **text)
+
+
+def _read_parquet(path: Path) -> FeaturesFile:
+    _, parquet = _pyarrow()
+    table = parquet.read_table(path)
+    metadata = table.schema.metadata or {}
+
+    def text(name: str) -> np.ndarray:
+        return np.array([value or "" for value in table[name].to_pylist()], np.str_)
+
+    lists = table["features"].combine_chunks()
+    features = lists.flatten().to_numpy().reshape(len(table), -1) if len(table) else np.empty((0, 1), np.float32)
+    boxes = None
+    if "x" in table.column_names:
+        boxes = np.stack([table[name].to_numpy() for name in ("x", "y", "width", "height")], 1)
+    return FeaturesFile(features, text("file"), text("identity"), text("camera"), boxes,
+                        metadata[b"root"].decode(), metadata[b"fingerprint"].decode())
+
+
+def _pyarrow():
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError("Parquet needs pyarrow: run pip install pyarrow, or give a .npz file") from error
+    return pyarrow, parquet
