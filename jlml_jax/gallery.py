@@ -1,0 +1,262 @@
+"""A gallery that lasts: features on disk to which images are added once, and exact nearest neighbours in them.
+
+A gallery is a folder of
+  features.f32     the features, little-endian float32 [N, D], row after row; only ever appended to, read by memory map
+  gallery.sqlite   table `model`: the fingerprint of the model and D; table `images`: for each row of features.f32 the
+                   SHA-256 of the image file's bytes (and box), its file, identity, camera and box
+  lock             held (flock) by the one process that adds
+An image is in the gallery when its row in `images` is committed, which is after its feature is on disk: what a killed
+process has appended beyond that is cut off by the next one that adds. The same image again, under whatever name, is
+not added again; it takes the name it was listed with last, and the identity and camera if these are given.
+"""
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jlml_jax.errors import UserError
+from jlml_jax.user_images import LoadedImage, UserImage
+
+_DATABASE, _FEATURES, _LOCK = "gallery.sqlite", "features.f32", "lock"
+_FORMAT = 1  # user_version of the database
+_TABLES = f"""
+BEGIN;
+CREATE TABLE model (fingerprint TEXT NOT NULL, dim INTEGER NOT NULL);
+CREATE TABLE images (
+    row INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, file TEXT NOT NULL, identity TEXT NOT NULL,
+    camera TEXT NOT NULL, x INTEGER, y INTEGER, width INTEGER, height INTEGER);
+INSERT INTO model VALUES ('{{fingerprint}}', {{dim}});
+PRAGMA user_version = {_FORMAT};
+COMMIT;
+"""
+
+
+def is_gallery(folder: Path) -> bool:
+    """Whether `folder` is a gallery, rather than a folder of images."""
+    return (folder / _DATABASE).is_file()
+
+
+class Gallery:
+    """An open gallery folder. To add to it, enter `writing()`.
+
+    Attributes:
+        fingerprint: of the model that made the features.
+        dim: D.
+        features: float32 [N, D], a memory map of all rows that are committed.
+    """
+
+    def __init__(self, folder: Path):
+        """Opens the gallery in `folder`; a UserError if there is none or it is damaged."""
+        self.folder = folder
+        # Read-write, even to read: after a kill SQLite has to roll back what was half done.
+        name = f"{(folder / _DATABASE).absolute().as_uri()}?mode=rw"
+        try:
+            self._database = sqlite3.connect(name, uri=True, timeout=60, isolation_level=None)
+        except sqlite3.Error as error:
+            raise UserError(f"cannot open the gallery {folder} ({error}); give another folder") from error
+        if self._query("PRAGMA user_version") != [(_FORMAT,)]:
+            raise UserError(f"{folder} is a gallery of another version, or not a whole one; give another folder")
+        (self.fingerprint, self.dim), = self._query("SELECT fingerprint, dim FROM model")
+        self._map()
+
+    @classmethod
+    def create(cls, folder: Path, fingerprint: str, dim: int) -> "Gallery":
+        """Makes an empty gallery in `folder`, which must be empty or not there, and opens it."""
+        part = folder / f"{_DATABASE}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not all(path.name.startswith((_DATABASE, _FEATURES, _LOCK)) for path in folder.iterdir()):
+                raise UserError(f"{folder} has files in it but is no gallery; give an empty folder or a new one")
+            with _locked(folder):
+                if not is_gallery(folder):
+                    (folder / _FEATURES).touch()
+                    part.unlink(missing_ok=True)
+                    with contextlib.closing(sqlite3.connect(part)) as database:
+                        database.executescript(_TABLES.format(fingerprint=fingerprint, dim=dim))
+                    part.rename(folder / _DATABASE)  # it is whole
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"cannot make a gallery in {folder} ({error}); give another folder") from error
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def close(self) -> None:
+        self._database.close()
+
+    @property
+    def cameras(self) -> np.ndarray:
+        """The cameras, str [N], empty where not known."""
+        return np.array([camera for camera, in self._query("SELECT camera FROM images ORDER BY row")], np.str_)
+
+    def digests(self) -> set[bytes]:
+        """Of all images in the gallery."""
+        return {digest for digest, in self._query("SELECT digest FROM images")}
+
+    def image(self, row: int) -> UserImage:
+        """The image that row `row` is of."""
+        (file, identity, camera, *box), = self._query(
+            "SELECT file, identity, camera, x, y, width, height FROM images WHERE row = ?", int(row))
+        return UserImage(Path(file), file, identity, camera, None if box[0] is None else tuple(box))
+
+    def rows(self, digests: Collection[bytes]) -> np.ndarray:
+        """The rows of those images, of any digests, that are in the gallery; int64 [M], sorted."""
+        found = [row for digest in set(digests)
+                 for row, in self._query("SELECT row FROM images WHERE digest = ?", digest)]
+        return np.sort(np.array(found, np.int64))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While entered, this process alone may `add`; a UserError if another one may."""
+        with _locked(self.folder):
+            self._map()  # the other may have added something since
+            yield
+
+    def add(self, new: Sequence[LoadedImage], features: np.ndarray, seen: Sequence[LoadedImage] = ()) -> None:
+        """Adds images and their features [len(new), D], and renames those of `seen`, which are there; all or nothing.
+
+        Images twice in `new` are added once.
+        """
+        first = {}
+        for index, loaded in enumerate(new):
+            first.setdefault(loaded.digest, index)
+        row, database = len(self), self._database
+        try:
+            if first:
+                with open(self.folder / _FEATURES, "r+b") as file:
+                    file.truncate(row * self.dim * 4)  # what a killed process left beyond the committed rows
+                    file.seek(0, os.SEEK_END)
+                    file.write(np.ascontiguousarray(features[list(first.values())], "<f4"))
+                    file.flush()
+                    os.fsync(file.fileno())
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                for number, index in enumerate(first.values()):
+                    image = new[index].image
+                    database.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                                     (row + number, new[index].digest, str(image.path.absolute()), image.identity,
+                                      image.camera, *(image.box or (None,) * 4)))
+                for loaded in [*new, *seen]:
+                    image = loaded.image
+                    database.execute(
+                        "UPDATE images SET file = :file, identity = coalesce(nullif(:identity, ''), identity), "
+                        "camera = coalesce(nullif(:camera, ''), camera) WHERE digest = :digest AND NOT "
+                        "(file = :file AND :identity IN ('', identity) AND :camera IN ('', camera))",
+                        {"file": str(image.path.absolute()), "identity": image.identity, "camera": image.camera,
+                         "digest": loaded.digest})
+                database.execute("COMMIT")
+            except BaseException:
+                if database.in_transaction:
+                    database.execute("ROLLBACK")
+                raise
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"cannot add to {self.folder} ({error}); what was in it is as it was: make room and run "
+                            "the same command again") from error
+        self._map()
+
+    def _query(self, query: str, *parameters: object) -> list[tuple]:
+        try:
+            return self._database.execute(query, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise UserError(f"{self.folder / _DATABASE} is damaged ({error}); make the gallery anew") from error
+
+    def _map(self) -> None:
+        (count, last), = self._query("SELECT count(*), max(row) FROM images")
+        path = self.folder / _FEATURES
+        if count and (last != count - 1 or not path.is_file() or path.stat().st_size < count * self.dim * 4):
+            raise UserError(f"{path} does not have the {count:,} rows of {_DATABASE}; make the gallery anew")
+        self.features = (np.memmap(path, "<f4", "r", shape=(count, self.dim)) if count
+                         else np.empty((0, self.dim), np.float32))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the gallery's lock, which the system lets go when the process ends, however it ends."""
+    try:
+        lock = open(folder / _LOCK, "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); give another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is adding to {folder}; wait until it is done") from None
+        yield
+
+
+# What the device takes at a time. On a CPU the differences must stay in the cache: this is what makes a query cost
+# one reading of the features, not three.
+_CPU_CHUNK_BYTES, _CHUNK_BYTES = 4 << 20, 256 << 20
+# Float32 sums of D squared differences are within D + 2 roundings of 2^-24 (Higham 2002, section 3.1); this is the
+# share of it that widens the choice of candidates.
+_ROUNDING = 2.0 ** -23
+
+
+@jax.jit
+def _squared_distances(chunk: jax.Array, query: jax.Array) -> jax.Array:
+    """[n, D], [D] -> [n]. From the differences, so that nothing cancels.
+
+    The sum as a product with ones is what XLA makes fast on a CPU.
+    """
+    difference = chunk - query
+    ones = jax.numpy.ones(query.shape, chunk.dtype)
+    return jax.numpy.matmul(difference * difference, ones, precision=jax.lax.Precision.HIGHEST)
+
+
+class NearestNeighbours:
+    """Exact search by L2 distance among `features`, float32 [N, D], on the device, in chunks.
+
+    On a CPU the chunks are views of `features`, so that a memory map is read where it lies. On an accelerator they are
+    kept in its memory if they take less than half of it, else sent for every query.
+    """
+
+    def __init__(self, features: np.ndarray):
+        self._features = features
+        device = jax.local_devices()[0]
+        on_cpu = device.platform == "cpu"
+        rows = (_CPU_CHUNK_BYTES if on_cpu else _CHUNK_BYTES) // (4 * features.shape[1])
+        rows = max(16, rows - rows % 16)  # JAX on a CPU takes what is aligned to 64 bytes as it lies, and copies others
+        self._chunks = [features[start:start + rows] for start in range(0, len(features), rows)]
+        if on_cpu or features.nbytes < (device.memory_stats() or {}).get("bytes_limit", 0) / 2:
+            self._chunks = [jax.device_put(np.asarray(chunk), device, may_alias=True) for chunk in self._chunks]
+
+    def search(self, query: np.ndarray, top_k: int, eligible: np.ndarray | None = None
+               ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows int64 [k] and distances float64 [k] of the `top_k` nearest, nearest first; k is less if N is.
+
+        The device's float32 distances only choose the candidates, with a margin for all their rounding; the candidates'
+        order is by distances in float64, of equal ones the lower row first.
+
+        Args:
+            query: [D].
+            top_k: how many, at least 1.
+            eligible: bool [N], rows that may be found; None: all.
+
+        Raises:
+            ValueError: shapes do not agree, or a value is not finite.
+        """
+        query = np.asarray(query, np.float32)
+        if query.shape != self._features.shape[1:] or not np.isfinite(query).all() or top_k < 1:
+            raise ValueError(f"query must be finite {self._features.shape[1:]} and top_k at least 1, got "
+                             f"{query.shape} and {top_k}")
+        rows = np.arange(len(self._features)) if eligible is None else np.flatnonzero(eligible)
+        if not len(rows):
+            return rows, np.empty(0)
+        squared = np.concatenate([np.asarray(part) for part in
+                                  [_squared_distances(chunk, query) for chunk in self._chunks]])
+        squared = squared if eligible is None else squared[rows]
+        if len(rows) > top_k:
+            cut = float(np.partition(squared, top_k - 1)[top_k - 1])
+            margin = 1 + 2 * (len(query) + 8) * _ROUNDING
+            rows = rows[squared <= cut * margin + np.finfo(np.float32).tiny * len(query)]
+        distances = np.concatenate([
+            np.linalg.norm(self._features[rows[start:start + 1024]].astype(np.float64) - query, axis=1)
+            for start in range(0, len(rows), 1024)])
+        nearest = np.lexsort((rows, distances))[:top_k]
+        return rows[nearest], distances[nearest]

@@ -1,0 +1,213 @@
+"""The gallery folder and exact search."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jlml_jax import gallery as gallery_module
+from jlml_jax.errors import UserError
+from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
+from jlml_jax.user_images import LoadedImage, UserImage
+
+ROOT = Path(__file__).parents[1]
+DIM = 16
+
+
+def entries(first, count, **fields):
+    return [LoadedImage(UserImage(Path(f"/x/{i}.png"), f"{i}.png", **fields), bytes([i]) * 32)
+            for i in range(first, first + count)]
+
+
+def features(first, count):
+    return np.arange(first, first + count, dtype=np.float32)[:, None].repeat(DIM, 1)
+
+
+def filled(folder):
+    gallery = Gallery.create(folder, "f" * 16, DIM)
+    with gallery.writing():
+        gallery.add(entries(0, 3, identity="7", camera="1"), features(0, 3))
+        gallery.add(entries(3, 2), features(3, 2))
+    return gallery
+
+
+def test_what_is_added_lasts(tmp_path):
+    filled(tmp_path / "g").close()
+    assert is_gallery(tmp_path / "g") and not is_gallery(tmp_path)
+    gallery = Gallery(tmp_path / "g")
+    assert (len(gallery), gallery.fingerprint, gallery.dim) == (5, "f" * 16, DIM)
+    np.testing.assert_array_equal(gallery.features, features(0, 5))
+    assert gallery.image(1) == UserImage(Path("/x/1.png"), "/x/1.png", "7", "1", None)
+    assert gallery.cameras.tolist() == ["1", "1", "1", "", ""]
+    assert gallery.digests() == {bytes([i]) * 32 for i in range(5)}
+    assert gallery.rows([bytes([4]) * 32, bytes([2]) * 32, bytes([99]) * 32]).tolist() == [2, 4]
+
+
+def test_an_image_again_takes_its_last_name_and_what_is_new_of_it(tmp_path):
+    gallery = filled(tmp_path)
+    moved = LoadedImage(UserImage(Path("/y/z.png"), "z.png", identity="8", box=(1, 2, 3, 4)), bytes([1]) * 32)
+    new = LoadedImage(UserImage(Path("/y/n.png"), "n.png", box=(1, 2, 3, 4)), b"n" * 32)
+    copy = LoadedImage(UserImage(Path("/y/m.png"), "m.png", camera="5"), b"n" * 32)
+    with gallery.writing():
+        gallery.add([new, copy], features(8, 2), [moved])
+    assert len(gallery) == 6
+    assert (gallery.image(1).file, gallery.image(1).identity, gallery.image(1).camera) == ("/y/z.png", "8", "1")
+    assert gallery.image(5) == UserImage(Path("/y/m.png"), "/y/m.png", "", "5", (1, 2, 3, 4))
+    np.testing.assert_array_equal(gallery.features[5], features(8, 1)[0])
+
+
+KILLED = """
+import sys, numpy as np
+from pathlib import Path
+from jlml_jax.gallery import Gallery
+from jlml_jax.user_images import LoadedImage, UserImage
+gallery = Gallery.create(Path(sys.argv[1]), "f" * 16, 256)
+i = 0
+with gallery.writing():
+    while True:
+        rows = range(i, i + 64)
+        gallery.add([LoadedImage(UserImage(Path(f"/{r}"), str(r)), r.to_bytes(32, "big")) for r in rows],
+                    np.repeat(np.array(rows, np.float32)[:, None], 256, 1))
+        i += 64
+        print(i, flush=True)
+"""
+
+
+def test_it_survives_being_killed_in_the_middle_of_an_add(tmp_path):
+    folder = tmp_path / "g"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, folder], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    for line in process.stdout:
+        if int(line) >= 640:
+            break
+    # Another process may look, but not add.
+    watching = Gallery(folder)
+    assert len(watching) >= 640
+    with pytest.raises(UserError, match="another process is adding"), watching.writing():
+        pass
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    told = [int(line) for line in process.stdout]
+    process.wait()
+
+    gallery = Gallery(folder)
+    count = len(gallery)
+    assert count % 64 == 0 and count >= max(told, default=640)
+    np.testing.assert_array_equal(gallery.features, np.arange(count, dtype=np.float32)[:, None].repeat(256, 1))
+    assert gallery.image(count - 1).file == f"/{count - 1}"
+    # What it had appended beyond that is cut off by the next one.
+    with open(folder / "features.f32", "ab") as file:
+        file.write(b"half a row")
+    assert len(Gallery(folder)) == count
+    with gallery.writing():
+        gallery.add([LoadedImage(UserImage(Path("/last"), "last"), b"l" * 32)], np.full((1, 256), -1, np.float32))
+    gallery = Gallery(folder)
+    assert len(gallery) == count + 1 and (gallery.features[count] == -1).all()
+    assert (folder / "features.f32").stat().st_size == (count + 1) * 256 * 4
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    gallery = filled(tmp_path)
+
+    def fsync(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, gallery.writing():
+        patch.setattr(gallery_module.os, "fsync", fsync)
+        with pytest.raises(UserError, match="No space left.*is as it was"):
+            gallery.add(entries(5, 2), features(5, 2))
+    with gallery.writing():  # the database is full, the features are not
+        gallery._database.execute(f"PRAGMA max_page_count = {gallery._query('PRAGMA page_count')[0][0]}")
+        with pytest.raises(UserError, match="full.*is as it was"):
+            gallery.add(entries(5, 200), features(5, 200))
+    gallery = Gallery(tmp_path)
+    np.testing.assert_array_equal(gallery.features, features(0, 5))
+    with gallery.writing():
+        gallery.add(entries(5, 2), features(5, 2))
+    np.testing.assert_array_equal(Gallery(tmp_path).features, features(0, 7))
+
+
+def damage_features(folder):
+    (folder / "features.f32").write_bytes(b"")
+
+
+def damage_database(folder):
+    (folder / "gallery.sqlite").write_text("text " * 1000)
+
+
+def another_version(folder):
+    with sqlite3.connect(folder / "gallery.sqlite") as database:
+        database.execute("PRAGMA user_version = 99")
+
+
+@pytest.mark.parametrize("damage", [damage_features, damage_database, another_version])
+def test_a_damaged_gallery_is_refused(tmp_path, damage):
+    filled(tmp_path).close()
+    damage(tmp_path)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Gallery(tmp_path)
+
+
+def test_a_gallery_is_not_made_amid_other_files(tmp_path):
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(UserError, match="has files in it"):
+        Gallery.create(tmp_path, "f" * 16, DIM)
+
+
+def reference(gallery, query, top_k):
+    """Exact, in extended precision: of equal distances the lower row first."""
+    distances = np.sqrt(((gallery.astype(np.longdouble) - query.astype(np.longdouble)) ** 2).sum(1))
+    order = np.lexsort((np.arange(len(gallery)), distances.astype(np.float64)))[:top_k]
+    return order, distances[order].astype(np.float64)
+
+
+@pytest.mark.parametrize("case", ["random", "far away", "near duplicates", "all equal", "huge"])
+@pytest.mark.parametrize("top_k", [1, 10])
+def test_nearest_neighbours_are_exact(monkeypatch, case, top_k):
+    monkeypatch.setattr(gallery_module, "_CPU_CHUNK_BYTES", 4 * 48 * 64)  # several chunks, and an odd last one
+    rng = np.random.default_rng(0)
+    gallery = rng.standard_normal((1003, 48)).astype(np.float32)
+    query = rng.standard_normal(48).astype(np.float32)
+    if case == "far away":
+        gallery, query = gallery + 1000, query + 1000
+    elif case == "near duplicates":  # of the query, some a last bit apart
+        gallery[::3] = query * (1 + 2.0 ** -23 * rng.integers(-2, 3, (335, 1)))
+    elif case == "all equal":
+        gallery[:] = gallery[0]
+    elif case == "huge":
+        gallery *= 1e30
+    rows, distances = NearestNeighbours(gallery).search(query, top_k)
+    expected_rows, expected_distances = reference(gallery, query, top_k)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-12)
+    if case != "near duplicates":  # there, float64 cannot tell some of the distances apart
+        np.testing.assert_array_equal(rows, expected_rows)
+
+
+def test_only_eligible_rows_are_found():  # of equal distances, the lower row first
+    gallery = np.arange(20, dtype=np.float32)[:, None].repeat(4, 1)
+    eligible = np.zeros(20, bool)
+    eligible[[3, 9, 17]] = True
+    search = NearestNeighbours(gallery)
+    rows, distances = search.search(np.full(4, 10, np.float32), 2, eligible)
+    assert rows.tolist() == [9, 3] and distances.tolist() == [2.0, 14.0]
+    assert search.search(np.full(4, 10.5, np.float32), 5, eligible)[0].tolist() == [9, 17, 3]
+    assert len(search.search(np.full(4, 10, np.float32), 5, np.zeros(20, bool))[0]) == 0
+    assert len(NearestNeighbours(gallery[:0]).search(np.zeros(4, np.float32), 5)[0]) == 0
+    for query, top_k in ((np.zeros(3), 1), (np.full(4, np.nan), 1), (np.zeros(4), 0)):
+        with pytest.raises(ValueError, match="query must be finite"):
+            search.search(query, top_k)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU reads the file where it lies")
+def test_a_memory_map_is_searched_where_it_lies(tmp_path):
+    np.random.default_rng(0).standard_normal((5000, 1024), np.float32).tofile(tmp_path / "f")
+    mapped = np.memmap(tmp_path / "f", "<f4", "r", shape=(5000, 1024))
+    chunks = NearestNeighbours(mapped)._chunks
+    assert len(chunks) == 5
+    start = mapped.ctypes.data
+    assert [chunk.unsafe_buffer_pointer() - start for chunk in chunks] == [i * (4 << 20) for i in range(5)]
