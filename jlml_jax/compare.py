@@ -1,0 +1,49 @@
+"""Compares two images: how far apart they are, and whether they show the same person."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+
+from jlml_jax import calibration
+from jlml_jax.errors import exit_status
+from jlml_jax.extractor import load_extractor
+from jlml_jax.user_images import load_query
+
+_EXAMPLE = """example:
+  python -m jlml_jax.compare a.jpg b.jpg --workdir=runs/market1501
+"""
+
+
+def compare(workdir: str | Path, images: tuple[str, str]) -> None:
+    """Prints the distance of two images, and the verdict if the run is calibrated."""
+    extractor = load_extractor(workdir)
+    verdicts = calibration.load_verdicts(Path(workdir), extractor)
+    # One at a time: as many as there are devices go through in a small batch.
+    a, b = (extractor(load_query(image, extractor.height, extractor.width)[1][None])[0].astype(np.float64)
+            for image in images)
+    distance = float(np.linalg.norm(a - b))
+    print(f"distance {distance:.4f}")
+    print(verdicts.of(distance) if verdicts else
+          f"no verdict: run python -m jlml_jax.calibrate --workdir={workdir} first")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command with `arguments` (None: the process's own); returns its exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m jlml_jax.compare", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs=2, metavar="IMAGE", help="an image of a person")
+    parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
+    options = parser.parse_args(arguments)
+    return exit_status(lambda: compare(options.workdir, options.images))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

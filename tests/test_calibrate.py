@@ -1,0 +1,167 @@
+"""Thresholds for "same person": their rates against counting one by one, the calibrate and compare commands."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jlml_jax
+from jlml_jax import calibrate, calibration, compare, features_file, search
+from jlml_jax.errors import UserError
+
+
+@pytest.fixture
+def workdir(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def random_set(n=150, dim=8, seed=0):
+    rng = np.random.default_rng(seed)
+    identities = rng.integers(-1, 12, n)
+    centres = rng.standard_normal((13, dim))
+    features = (centres[identities] + 0.6 * rng.standard_normal((n, dim))).astype(np.float32)
+    return features, identities, rng.integers(0, 3, n)
+
+
+def pairs_one_by_one(features, identities, cameras):
+    same, different = [], []
+    for i in range(len(features)):
+        for j in range(i + 1, len(features)):
+            distance = np.linalg.norm(features[i].astype(np.float64) - features[j])
+            a, b = identities[i], identities[j]
+            if min(a, b) < 0 or a == b == 0:
+                continue
+            if a != b:
+                different.append(distance)
+            elif cameras[i] != cameras[j]:
+                same.append(distance)
+    return np.array(same), np.array(different)
+
+
+def test_rates_are_those_counted_pair_by_pair(monkeypatch):
+    monkeypatch.setattr(calibration, "_BLOCK", 37)
+    data = random_set()
+    same, different = pairs_one_by_one(*data)
+    result = calibration.calibrate(calibration.count_pairs(*data))
+    assert result["pairs"] == {"same": len(same), "different": len(different)}
+    assert 1000 < len(different) < 10_000 + 4
+    for entry, rate in zip(result["thresholds"], (1e-2, 1e-3, 1e-4), strict=True):
+        assert entry["rate"] == rate
+        allowed = int(rate * len(different))
+        if not allowed:
+            assert entry["threshold"] is None
+            continue
+        # No coarser than a bin from the largest threshold that would do.
+        exact = np.sort(different)[allowed]
+        assert exact * (1 - 1 / 1024) <= entry["threshold"] <= exact
+        accepted = (different < entry["threshold"]).sum()
+        assert entry["different_pairs_accepted"] == accepted <= allowed
+        assert entry["false_accept_rate"] == pytest.approx(accepted / len(different))
+        assert entry["true_accept_rate"] == pytest.approx((same < entry["threshold"]).mean())
+    assert [entry["threshold"] is None for entry in result["thresholds"]] == [False, False, len(different) < 10_000]
+    grid = np.linspace(0, different.max(), 20_000)
+    gaps = [abs((different < t).mean() - (same >= t).mean()) for t in grid]
+    best = grid[int(np.argmin(gaps))]
+    expected = ((different < best).mean() + (same >= best).mean()) / 2
+    assert result["equal_error"]["rate"] == pytest.approx(expected, abs=0.005)
+    for point in result["roc"]:
+        assert point["false_accept_rate"] == pytest.approx((different < point["threshold"]).mean())
+        assert point["true_accept_rate"] == pytest.approx((same < point["threshold"]).mean())
+    assert 50 < len(result["roc"]) <= 200 and result["roc"][-1]["false_accept_rate"] > 0.99
+
+
+def test_a_rate_is_measured_from_as_many_pairs_as_it_needs():
+    """1e-3 needs a thousand pairs of different people: 1,000 are enough, 999 are not."""
+    def thresholds(different):
+        counts = calibration.PairCounts(np.zeros(1 << 19, np.int64), np.zeros(1 << 19, np.int64))
+        counts.same[1000] = 5
+        counts.different[2000:2000 + different] = 1
+        return [entry["threshold"] for entry in calibration.calibrate(counts)["thresholds"]]
+
+    assert [value is None for value in thresholds(999)] == [False, True, True]
+    assert [value is None for value in thresholds(1000)] == [False, False, True]
+    assert thresholds(1000)[1] == calibration.PairCounts(np.zeros(1 << 19), np.zeros(0)).edges()[2001]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda f, i, c: (f, i, np.zeros_like(c)), "of more cameras than one"),
+    (lambda f, i, c: (f, np.ones_like(i), c), "no two of the 150 images show different persons"),
+    (lambda f, i, c: (f, np.zeros_like(i), c), "no two of the 150 images show one person"),
+])
+def test_without_pairs_it_says_what_is_lacking(change, message):
+    with pytest.raises(UserError, match=message):
+        calibration.count_pairs(*change(*random_set()))
+
+
+def run(command, capsys, *arguments):
+    status = command.main([str(argument) for argument in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_a_labelled_split_and_the_verdicts_that_follow(capsys, workdir, tmp_path):
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    for path, seed in ((a, 0), (b, 1)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 32, 3), np.uint8)
+        Image.fromarray(pixels // (1 + seed)).save(path)
+    status, out, _ = run(compare, capsys, a, b, f"--workdir={workdir}")
+    assert status == 0 and "no verdict: run python -m jlml_jax.calibrate" in out
+
+    status, out, err = run(calibrate, capsys, f"--workdir={workdir}")
+    assert status == 0, err
+    content = json.loads((workdir / "calibration.json").read_text())
+    # 4 people in 3 cameras: 3 images each in query (1 a camera) and gallery (2 a camera), 2 distractors, 3 junk images.
+    persons, distractors = 4 * 9, 2
+    assert content["source"] == {"splits": ["query", "gallery"], "images": persons + distractors + 3, "identities": 4}
+    assert content["pairs"] == {"same": 4 * 3 * 3 * 3, "different": 6 * 81 + distractors * persons}
+    assert content["thresholds"][0]["threshold"] > 0 and content["thresholds"][1]["threshold"] is None
+    assert out.count("cannot be measured") == 2 and "equal error rate" in out
+
+    extractor = jlml_jax.load_extractor(workdir)
+    assert content["fingerprint"] == extractor.fingerprint
+    first, second = (extractor(np.asarray(Image.open(path).resize((16, 32), Image.Resampling.BILINEAR))[None])[0]
+                     for path in (a, b))
+    for threshold, verdict in {1e-6: "not the same person at 1e-2",
+                               9.0: "same person at a false accept rate of 1e-2"}.items():
+        content["thresholds"][0]["threshold"] = threshold
+        (workdir / "calibration.json").write_text(json.dumps(content))
+        status, out, _ = run(compare, capsys, a, b, f"--workdir={workdir}")
+        assert status == 0 and out.splitlines() == [f"distance {np.linalg.norm(first - second):.4f}", verdict]
+    folder = tmp_path / "gallery"
+    folder.mkdir()
+    shutil.copy(b, folder)
+    status, out, _ = run(search, capsys, f"--workdir={workdir}", f"--gallery={folder}", f"--query={a}")
+    assert status == 0 and "same person at a false accept rate of 1e-2  -" in out and "no verdict" not in out
+
+    content["fingerprint"] = "0123456789abcdef"
+    (workdir / "calibration.json").write_text(json.dumps(content))
+    status, _, err = run(compare, capsys, a, b, f"--workdir={workdir}")
+    assert status == 2 and "0123456789abcdef" in err and extractor.fingerprint in err
+    (workdir / "calibration.json").write_text("{}")
+    assert "is damaged" in run(compare, capsys, a, b, f"--workdir={workdir}")[2]
+
+
+def test_people_of_the_training_are_refused(capsys, workdir):
+    status, _, err = run(calibrate, capsys, f"--workdir={workdir}", "--splits=train,query")
+    assert status == 2 and "trained on 4 identities" in err and not (workdir / "calibration.json").exists()
+
+
+def test_a_file_of_features(capsys, workdir, tmp_path):
+    """The same images as numbers and as a file with names give the same figures."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((60, 32)).astype(np.float32)
+    identities, cameras = rng.integers(-1, 6, 60), rng.integers(0, 3, 60)
+    names = np.array(["0", "anna", "ben", "cem", "dora", "eve", "-1"])[identities]
+    names[np.flatnonzero(identities == -1)[:2]] = ""
+    fingerprint = jlml_jax.load_extractor(workdir).fingerprint
+    table = features_file.FeaturesFile(features, np.full(60, "f"), names, np.array(["x", "y", "z"])[cameras], None, "/",
+                                       fingerprint)
+    features_file.write(tmp_path / "own.npz", table)
+    status, _, err = run(calibrate, capsys, f"--workdir={workdir}", f"--features={tmp_path / 'own.npz'}")
+    assert status == 0, err
+    content = json.loads((workdir / "calibration.json").read_text())
+    expected = json.loads(json.dumps(calibration.calibrate(calibration.count_pairs(features, identities, cameras))))
+    assert {name: content[name] for name in expected} == expected
+    assert content["source"] == {"features": "own.npz", "images": 60, "identities": 5}

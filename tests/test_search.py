@@ -1,0 +1,160 @@
+"""The search command: galleries that last, filters, pictures."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jlml_jax
+from jlml_jax import extract, features_file, search, user_images
+from jlml_jax.gallery import Gallery
+
+
+def write_crops(folder, indices, size=(20, 40)):
+    folder.mkdir(exist_ok=True)
+    for i in indices:
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:04d}_c{1 + i % 3}s1_{i:06d}_00.png")
+
+
+@pytest.fixture
+def crops(tmp_path):
+    write_crops(tmp_path / "crops", range(12))
+    return tmp_path / "crops"
+
+
+@pytest.fixture
+def run(capsys, tiny_run):
+    """Runs the command; returns its lines, or with status=2 the one line of its error."""
+    def run(*arguments, status=0, workdir=tiny_run):
+        returned = search.main([f"--workdir={workdir}", *map(str, arguments)])
+        captured = capsys.readouterr()
+        assert returned == status, captured.err
+        if status:
+            assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+            return captured.err
+        return captured.out.splitlines()
+    return run
+
+
+def found(lines):
+    """The names of the files in the table, nearest first, and their distances."""
+    rows = [line.split() for line in lines if line.split()[0].isdigit()]
+    return [row[-1].rpartition("/")[2] for row in rows], [float(row[1]) for row in rows]
+
+
+def names(indices):
+    return [f"{i:04d}_c{1 + i % 3}s1_{i:06d}_00.png" for i in indices]
+
+
+def test_a_folder_is_searched_and_only_what_is_new_is_embedded(run, tiny_run, crops, tmp_path, monkeypatch):
+    query, index = crops / names([4])[0], tmp_path / "index"
+    lines = run(f"--gallery={crops}", f"--query={query}", f"--index={index}", "--top_k=20")
+    files, distances = found(lines)
+    assert files[0] == query.name and distances[0] == 0 and distances == sorted(distances)
+    assert sorted(files) == names(range(12)) and "12 images added, 12 in it" in lines[1]
+    # The same order as by features computed here.
+    extractor = jlml_jax.load_extractor(tiny_run)
+    features = extractor(np.stack([user_images.load_query(str(path), 32, 16)[1] for path in sorted(crops.iterdir())]))
+    expected = np.argsort(np.linalg.norm(features - features[4], axis=1), kind="stable")
+    assert files == names(expected)
+
+    embedded = []
+    original = type(extractor).__call__
+    monkeypatch.setattr(type(extractor), "__call__", lambda self, images: embedded.append(len(images))
+                        or original(self, images))
+    write_crops(crops, [12, 13])
+    (crops / names([0])[0]).rename(crops / "0099_c1s1_000099_00.png")  # another name, and identity, for the same image
+    (crops / names([1])[0]).unlink()
+    lines = run(f"--gallery={crops}", f"--query={query}", f"--index={index}", "--top_k=20")
+    assert "2 images added, 14 in it" in lines[1] and sum(embedded) == 2 + 1
+    files, _ = found(lines)
+    assert sorted(files) == [*names(range(2, 14)), "0099_c1s1_000099_00.png"]  # not what is gone
+    assert " 99 " in next(line for line in lines if "0099_c1s1" in line)
+    assert len(found(run(f"--gallery={index}", f"--query={query}", "--top_k=20"))[0]) == 14  # the whole gallery
+
+
+def test_without_an_index_the_gallery_is_kept_in_the_run(run, tiny_run, crops, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run, workdir)
+    assert "12 images added" in run(f"--gallery={crops}", workdir=workdir)[1]
+    assert "0 images added, 12 in it" in run(f"--gallery={crops}", workdir=workdir)[1]
+    folder, = (workdir / "galleries").glob("*/crops-*")
+    assert len(Gallery(folder)) == 12
+
+
+def test_filters(run, crops, tmp_path):
+    query = crops / names([4])[0]  # camera 2
+    for arguments, expected in {
+        ("--camera=1,3",): [i for i in range(12) if i % 3 != 1],
+        ("--exclude_camera=1",): [i for i in range(12) if i % 3 != 0],
+        ("--exclude_own_camera",): [i for i in range(12) if i % 3 != 1],
+        ("--camera=1,2", "--exclude_own_camera"): range(0, 12, 3),
+    }.items():
+        lines = run(f"--gallery={crops}", f"--query={query}", f"--index={tmp_path / 'i'}", "--top_k=20", *arguments)
+        assert sorted(found(lines)[0]) == names(expected)
+    error = run(f"--gallery={tmp_path / 'i'}", f"--query={query}", "--camera=9", status=2)
+    assert "no image of the gallery has camera 9; its cameras are 1, 2, 3" in error
+    error = run(f"--gallery={tmp_path / 'i'}", f"--query={query}", "--camera=2", "--exclude_own_camera", status=2)
+    assert "no images to search of these cameras" in error
+    unnamed = shutil.copy(query, tmp_path / "somebody.png")
+    error = run(f"--gallery={tmp_path / 'i'}", f"--query={unnamed}", "--exclude_own_camera", status=2)
+    assert "somebody.png" in error and "--exclude_camera" in error
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_a_file_of_features_is_searched(run, tiny_run, crops, tmp_path, suffix):
+    file, query = tmp_path / f"features{suffix}", crops / names([7])[0]
+    assert extract.main([f"--workdir={tiny_run}", f"--images={crops}", f"--output={file}"]) == 0
+    files, distances = found(run(f"--gallery={file}", f"--query={query}", "--top_k=3", "--exclude_camera=1"))
+    assert len(files) == 3 and files[0] == query.name and distances[0] == 0
+    assert "leave out --index" in run(f"--gallery={file}", f"--index={tmp_path / 'i'}", status=2)
+
+
+def test_a_gallery_of_another_model_is_refused_with_both_fingerprints(run, tiny_run, crops, tmp_path):
+    own = jlml_jax.load_extractor(tiny_run).fingerprint
+    Gallery.create(tmp_path / "other", "0123456789abcdef", 32).close()
+    table = features_file.FeaturesFile(np.ones((1, 32), np.float32), *np.array([["a"]] * 3), None, "/",
+                                       "fedcba9876543210")
+    features_file.write(tmp_path / "other.npz", table)
+    query = f"--query={crops / names([0])[0]}"
+    for arguments, other in (
+        ([f"--gallery={tmp_path / 'other'}", query], "0123456789abcdef"),
+        ([f"--gallery={crops}", f"--index={tmp_path / 'other'}"], "0123456789abcdef"),
+        ([f"--gallery={tmp_path / 'other.npz'}", query], "fedcba9876543210"),
+    ):
+        error = run(*arguments, status=2)
+        assert own in error and other in error
+    assert len(Gallery(tmp_path / "other")) == 0
+
+
+def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path):
+    query, index, picture = crops / names([4])[0], tmp_path / "i", tmp_path / "found.png"
+    arguments = [f"--query={query}", "--top_k=3", f"--picture={picture}"]
+    second = found(run(f"--gallery={crops}", f"--index={index}", *arguments))[0][1]
+    sheet = np.asarray(Image.open(picture))
+    cells = [sheet[8:200, left:left + 96] for left in (8, 8 + 104 + 16, 8 + 2 * 104 + 16)]
+    expected = np.asarray(Image.open(query).resize((96, 192), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(cells[0], expected)
+    np.testing.assert_array_equal(cells[1], expected)
+    assert np.abs(cells[2].astype(int) - expected).max() > 50
+    (crops / second).unlink()  # a file that is gone leaves its place empty
+    run(f"--gallery={index}", *arguments)
+    gone = np.asarray(Image.open(picture))[8:200, 8 + 2 * 104 + 16:][:, :96]
+    assert (gone == 255).mean() > 0.9
+    nowhere = f"--picture={tmp_path / 'nowhere' / 'found.png'}"
+    assert "cannot write" in run(f"--gallery={index}", f"--query={query}", nowhere, status=2)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--gallery=nowhere", "--query=QUERY"], "nowhere does not exist"),
+    (["--gallery=CROPS", "--query=nobody.png"], "nobody.png does not exist"),
+    (["--gallery=CROPS", "--query=CROPS"], "is not one image"),
+    (["--gallery=CROPS", "--query=QUERY", "--top_k=0"], "--top_k=0 must be at least 1"),
+    (["--gallery=CROPS", "--index=CROPS"], "has files in it but is no gallery"),
+])
+def test_what_the_user_can_mend(run, crops, arguments, message):
+    query = str(crops / names([0])[0])
+    arguments = [argument.replace("CROPS", str(crops)).replace("QUERY", query) for argument in arguments]
+    assert message in run(*arguments, status=2)
