@@ -19,7 +19,7 @@ from jlml_jax import evaluate, parallel
 from jlml_jax.checkpoints import SavedRun, load_run
 from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError
-from jlml_jax.models import build_model
+from jlml_jax.models import build_model, is_identity_layer
 from jlml_jax.user_images import LoadedImage, UserImage, load_images, printable
 
 # Fields of config.model that say how it was trained, not what it computes.
@@ -59,7 +59,7 @@ class Extractor:
         if config.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         model = build_model(config, num_identities=0)
-        params = {name: leaf for name, leaf in run.variables["params"].items() if not name.endswith("_identity")}
+        params = {name: leaf for name, leaf in run.variables["params"].items() if not is_identity_layer(name)}
         variables = {"params": params, "batch_stats": run.variables["batch_stats"]}
         self.height, self.width = config.data.height, config.data.width
         self.dim = sum(config.model[f"{branch}_feature_dim"] for branch in model.active_branches())

@@ -1,14 +1,12 @@
 """A user's own images: listed from a folder, a CSV or a glob, then read, cropped, resized and hashed in threads."""
 
 import collections
-import csv
 import dataclasses
 import glob
 import hashlib
 import itertools
 import math
 import os
-import re
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jlml_jax.datasets.base import first_few, open_rgb, resize
+from jlml_jax.datasets.base import JUNK, first_few, open_rgb, resize
+from jlml_jax.datasets.folder import NAME, identity_of, read_table
 from jlml_jax.errors import UserError
 
-_MARKET_NAME = re.compile(r"(-1|\d{4})_c(\d+)s\d+_\d+_\d+(\.\w+)+")
 _BOX_COLUMNS = ("x", "y", "width", "height")
 _COLUMNS = ("image", "identity", "camera", *_BOX_COLUMNS)
 _MIN_SIDE = 4  # pixels; less than that shows nobody
@@ -34,7 +32,7 @@ class UserImage:
 
     path: Path
     file: str  # its name for the user: within the folder, as in the CSV, as the glob gave it
-    identity: str = ""  # empty: not known
+    identity: str = ""  # any text; distractor and junk are nobody; empty: not known
     camera: str = ""
     box: Box | None = None  # None: all of the image
     row: int | None = None  # line of the CSV
@@ -74,7 +72,8 @@ def list_images(source: str) -> Listing:
     In a folder, files that by their suffix are no images are left out, and so is what is hidden. A CSV has the columns
     image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder and must stay in it, also where
     symbolic links lead. Where all names of a folder or glob are like Market-1501's (0002_c1s1_000451_03.jpg), identity
-    and camera are read from them.
+    and camera are read from them. As in the data sets `folder/NAME`, distractor and junk in the place of an identity
+    are nobody.
 
     Raises:
         UserError: there are none, or the CSV has rows that cannot be right.
@@ -135,10 +134,10 @@ def _list_folder(root: Path) -> Listing:
 
 def _with_market_names(images: list[UserImage], root: Path) -> Listing:
     """Adds identity and camera if every name has them."""
-    matches = [_MARKET_NAME.fullmatch(image.path.name) for image in images]
+    matches = [NAME.fullmatch(image.path.name) for image in images]
     if not images or not all(matches):
         return Listing(images, root)
-    images = [dataclasses.replace(image, identity=str(int(match[1])), camera=str(int(match[2])))
+    images = [dataclasses.replace(image, identity=identity_of(match), camera=str(int(match["camera"])))
               for image, match in zip(images, matches, strict=True)]
     return Listing(images, root, ("identity and camera are read from the names, which are like Market-1501's",))
 
@@ -146,46 +145,29 @@ def _with_market_names(images: list[UserImage], root: Path) -> Listing:
 def _read_csv(path: Path) -> Listing:
     root = path.parent
     resolved_root = root.resolve()
-    images, bad = [], []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            columns = [column.strip() for column in reader.fieldnames or ()]
-            _check_columns(path, columns)
-            reader.fieldnames = columns
-            for row in reader:
-                try:
-                    images.append(_csv_image(row, reader.line_num, root, resolved_root))
-                except ValueError as error:
-                    bad.append(f"line {reader.line_num}: {error}")
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a CSV in UTF-8 ({error}); save it as one") from error
-    if bad:
-        raise UserError(f"{path} has {len(bad)} bad rows: {first_few(bad, '; ')}; mend or remove them")
-    unused = [column for column in columns if column not in _COLUMNS]
-    return Listing(images, root, (f"columns not used: {', '.join(map(printable, unused))}",) if unused else ())
-
-
-def _check_columns(path: Path, columns: list[str]) -> None:
-    form = "image[,identity][,camera][,x,y,width,height]"
-    if "image" not in columns:
-        raise UserError(f"{path} has no column `image` in its first line; its columns are {form}")
-    if len(set(columns)) < len(columns):
-        raise UserError(f"{path} has a column twice; its columns are {form}")
+    columns, lines = read_table(path, ("image",), _COLUMNS[1:])
     missing = [column for column in _BOX_COLUMNS if column not in columns]
     if 0 < len(missing) < len(_BOX_COLUMNS):
-        raise UserError(f"{path} lacks {', '.join(missing)} of a box; its columns are {form}")
+        raise UserError(f"{path} lacks {', '.join(missing)} of a box; its columns are "
+                        "image[,identity][,camera][,x,y,width,height]")
+    images, bad = [], []
+    for number, cells in lines:
+        try:
+            images.append(_csv_image(cells, number, root, resolved_root))
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
+    if bad:
+        raise UserError(f"{path} has {len(bad)} bad lines: {first_few(bad, '; ')}; mend or remove them")
+    unread = [printable(column) for column in columns if column and column not in _COLUMNS]
+    return Listing(images, root, (f"columns that are not read: {', '.join(unread)}",) if unread else ())
 
 
-def _csv_image(row: dict[str, str], line: int, root: Path, resolved_root: Path) -> UserImage:
-    """One row; a ValueError says what is wrong with it."""
-    if None in row or None in row.values():
-        raise ValueError("it has not as many fields as the first line")
-    row = {column: value.strip() for column, value in row.items()}
-    file = row["image"]
+def _csv_image(cells: dict[str, str], line: int, root: Path, resolved_root: Path) -> UserImage:
+    """One line; a ValueError says what is wrong with it."""
+    file = cells["image"]
     shown = printable(file)
-    if not file or "\0" in file:
-        raise ValueError(f"the image {shown!r} is no path")
+    if not file:
+        raise ValueError("it names no image")
     # The text first: what lies outside is not even looked at.
     inside = os.path.normpath(file)
     if os.path.isabs(file) or inside == os.pardir or inside.startswith(os.pardir + os.sep):
@@ -193,10 +175,12 @@ def _csv_image(row: dict[str, str], line: int, root: Path, resolved_root: Path) 
     path = root / inside
     if not path.resolve().is_relative_to(resolved_root):
         raise ValueError(f"{shown} leaves the folder of the CSV by a symbolic link")
+    if cells.get("identity") == str(JUNK):
+        raise ValueError("write junk for identity -1, and distractor where 0 is nobody")
     box = None
-    if "x" in row:
+    if "x" in cells:
         try:
-            numbers = [float(row[column]) for column in _BOX_COLUMNS]
+            numbers = [float(cells[column]) for column in _BOX_COLUMNS]
         except ValueError as error:
             raise ValueError(f"the box of {shown} is not four numbers") from error
         if not all(map(math.isfinite, numbers)):
@@ -204,7 +188,7 @@ def _csv_image(row: dict[str, str], line: int, root: Path, resolved_root: Path) 
         box = tuple(map(round, numbers))
         if box[2] < 1 or box[3] < 1:
             raise ValueError(f"the box of {shown} is {box[2]} x {box[3]} pixels, which is nothing")
-    return UserImage(path, Path(inside).as_posix(), row.get("identity", ""), row.get("camera", ""), box, line)
+    return UserImage(path, Path(inside).as_posix(), cells.get("identity", ""), cells.get("camera", ""), box, line)
 
 
 def load_images(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes] = frozenset()
@@ -243,7 +227,7 @@ def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Col
             continue
         try:
             if frame is None:
-                frame = open_rgb(encoded, str(image))
+                frame = open_rgb(encoded, str(image), upright=True)
             loaded.append(LoadedImage(image, own.digest(), np.asarray(resize(_crop(frame, image), height, width))))
         except UserError as error:
             loaded.append(LoadedImage(image, error=str(error)))

@@ -13,7 +13,7 @@ import pytest
 from market1501_miniature import write_market1501
 
 from configs import default
-from jlml_jax import prepare
+from jlml_jax import calibrate, compare, extract, load_extractor, prepare, search
 from jlml_jax.datasets.market1501 import Market1501
 from jlml_jax.train import train_and_evaluate
 
@@ -70,3 +70,15 @@ def tiny_run(market1501_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_run") / "run"
     train_and_evaluate(config, folder, "train")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_extractor(tiny_run):
+    return load_extractor(tiny_run)
+
+
+@pytest.fixture
+def loaded_once(monkeypatch, tiny_extractor):
+    """The commands take the network of `tiny_run` as it is loaded already, rather than compile it anew each time."""
+    for command in (calibrate, compare, extract, search):
+        monkeypatch.setattr(command, "load_extractor", lambda workdir: tiny_extractor)

@@ -10,17 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import jlml_jax
 from jlml_jax import datasets, evaluate, extract, features_file, parallel
 from jlml_jax.checkpoints import load_run
 from jlml_jax.models import build_model
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def extractor(tiny_run):
-    return jlml_jax.load_extractor(tiny_run)
 
 
 @pytest.fixture
@@ -50,7 +44,7 @@ def test_importing_the_package_imports_no_jax():
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
 
 
-def test_features_are_those_of_the_evaluation(extractor, tiny_run, market1501_dir):
+def test_features_are_those_of_the_evaluation(tiny_extractor, tiny_run, market1501_dir):
     """The run's own forward, with its identity layers, on a split of its own data set."""
     run = load_run(tiny_run)
     split = datasets.load("market1501", ("query",), str(market1501_dir))["query"]
@@ -59,52 +53,52 @@ def test_features_are_those_of_the_evaluation(extractor, tiny_run, market1501_di
     decoded = split.decode(32, 16)
     branches = {name: np.asarray(values) for name, values in forward(run.variables, decoded).items()}
     expected = evaluate.matching_features(branches, "per_branch")["joint"]
-    assert (extractor.height, extractor.width, extractor.dim) == (32, 16, 32) == (32, 16, expected.shape[1])
-    got = extractor(decoded)
+    assert (tiny_extractor.height, tiny_extractor.width, tiny_extractor.dim) == (32, 16, 32)
+    got = tiny_extractor(decoded)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert np.std(got, axis=0).max() > 1e-3  # not all alike
 
 
-def test_any_number_of_images_and_no_compilation_for_each(extractor):
+def test_any_number_of_images_and_no_compilation_for_each(tiny_extractor):
     batch = images(37)
-    whole = extractor(batch)
-    extractor(batch[:1])
-    compiled = extractor._forward._cache_size()
+    whole = tiny_extractor(batch)
+    tiny_extractor(batch[:1])
+    compiled = tiny_extractor._forward._cache_size()
     for count in (0, 1, 2, 3, 5, 15, 16, 17, 37):
-        features = extractor(batch[:count])
+        features = tiny_extractor(batch[:count])
         assert features.shape == (count, 32)
         np.testing.assert_allclose(features, whole[:count], atol=1e-5)
-    assert extractor._forward._cache_size() == compiled == 2
+    assert tiny_extractor._forward._cache_size() == compiled == 2
 
 
 @pytest.mark.parametrize("wrong", [
     np.zeros((2, 32, 16, 3), np.float32), np.zeros((32, 16, 3), np.uint8), np.zeros((2, 16, 32, 3), np.uint8),
     np.zeros((2, 3, 32, 16), np.uint8),
 ])
-def test_other_shapes_and_dtypes_are_refused(extractor, wrong):
+def test_other_shapes_and_dtypes_are_refused(tiny_extractor, wrong):
     with pytest.raises(ValueError, match=r"uint8 \[B, 32, 16, 3\], got"):
-        extractor(wrong)
+        tiny_extractor(wrong)
 
 
-def test_the_fingerprint_is_of_what_changes_features(extractor, tiny_run):
+def test_the_fingerprint_is_of_what_changes_features(tiny_extractor, tiny_run):
     def fingerprint(change):
         run = load_run(tiny_run)
         change(run)
-        return type(extractor)(run, parallel.make_mesh()).fingerprint
+        return type(tiny_extractor)(run, parallel.make_mesh()).fingerprint
 
-    assert fingerprint(lambda run: None) == extractor.fingerprint
+    assert fingerprint(lambda run: None) == tiny_extractor.fingerprint
     same = [lambda run: run.config.train.update(steps=99), lambda run: run.config.data.update(data_dir="elsewhere"),
             lambda run: run.variables["params"]["global_identity"]["bias"].fill(7)]
     other = [lambda run: run.config.evaluate.update(normalize="none"),
              lambda run: run.config.data.update(mean=(0.0, 0.0, 0.0)),
              lambda run: run.variables["params"]["stem"]["conv"]["kernel"].__setitem__((0, 0, 0, 0), 7)]
-    assert all(fingerprint(change) == extractor.fingerprint for change in same)
-    assert len({extractor.fingerprint, *map(fingerprint, other)}) == 4
+    assert all(fingerprint(change) == tiny_extractor.fingerprint for change in same)
+    assert len({tiny_extractor.fingerprint, *map(fingerprint, other)}) == 4
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_a_folder_to_a_file(capsys, tiny_run, extractor, crops, tmp_path, suffix):
+def test_a_folder_to_a_file(capsys, tiny_run, tiny_extractor, crops, tmp_path, suffix):
     output = tmp_path / f"features{suffix}"
     output.write_text("what was there before")
     status, out, err = run(capsys, f"--workdir={tiny_run}", f"--images={crops}", f"--output={output}")
@@ -112,15 +106,15 @@ def test_a_folder_to_a_file(capsys, tiny_run, extractor, crops, tmp_path, suffix
     table = features_file.read(output)
     names = sorted(path.name for path in crops.iterdir())
     assert table.files.tolist() == names and "20 images" in out
-    assert table.identities.tolist() == ["0"] * 10 + ["1"] * 10 and set(table.cameras) == {"1", "2"}
-    assert (table.root, table.fingerprint, table.boxes) == (str(crops), extractor.fingerprint, None)
+    assert table.identities.tolist() == ["distractor"] * 10 + ["1"] * 10 and set(table.cameras) == {"1", "2"}
+    assert (table.root, table.fingerprint, table.boxes) == (str(crops), tiny_extractor.fingerprint, None)
     for row in (0, 17):
         pixels = np.asarray(Image.open(crops / names[row]).resize((16, 32), Image.Resampling.BILINEAR))
-        np.testing.assert_allclose(table.features[row], extractor(pixels[None])[0], atol=1e-5)
+        np.testing.assert_allclose(table.features[row], tiny_extractor(pixels[None])[0], atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["crops", output.name]
 
 
-def test_boxes_of_frames(capsys, tiny_run, extractor, tmp_path):
+def test_boxes_of_frames(capsys, tiny_run, tiny_extractor, loaded_once, tmp_path):
     frame = images(1)[0].repeat(4, 0).repeat(4, 1)
     Image.fromarray(frame).save(tmp_path / "frame.png")
     boxes = tmp_path / "boxes.csv"
@@ -132,10 +126,10 @@ def test_boxes_of_frames(capsys, tiny_run, extractor, tmp_path):
         table = features_file.read(output)
         assert table.boxes.tolist() == [[8, 16, 16, 32], [0, 0, 64, 128]] and table.image(1).box == (0, 0, 64, 128)
         assert table.cameras.tolist() == ["7", "7"] and table.identities.tolist() == ["", ""]
-        np.testing.assert_allclose(table.features[0], extractor(frame[16:48, 8:24][None])[0], atol=1e-5)
+        np.testing.assert_allclose(table.features[0], tiny_extractor(frame[16:48, 8:24][None])[0], atol=1e-5)
 
 
-def test_bad_images_stop_it_or_are_skipped(capsys, tiny_run, crops, tmp_path):
+def test_bad_images_stop_it_or_are_skipped(capsys, tiny_run, loaded_once, crops, tmp_path):
     (crops / "0000_c1s1_000004_00.png").write_text("text")
     (crops / "0001_c2s1_000011_00.png").write_bytes(b"")
     arguments = [f"--workdir={tiny_run}", f"--images={crops}", f"--output={tmp_path / 'f.npz'}"]
@@ -170,7 +164,7 @@ def test_without_pyarrow_it_says_how_to_install_it(capsys, monkeypatch, tiny_run
     assert status == 2 and "pip install pyarrow" in err
 
 
-def test_a_full_disk_leaves_what_was_there(capsys, monkeypatch, tiny_run, crops, tmp_path):
+def test_a_full_disk_leaves_what_was_there(capsys, monkeypatch, tiny_run, loaded_once, crops, tmp_path):
     output = tmp_path / "f.npz"
     arguments = [f"--workdir={tiny_run}", f"--images={crops}", f"--output={output}"]
     assert run(capsys, *arguments)[0] == 0

@@ -459,8 +459,8 @@ def stored(shop, content, name="a.png"):
     return crop.read()
 
 
-@pytest.mark.parametrize("mode, kind", [("RGB", "JPEG"), ("L", "JPEG"), ("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"),
-                                        ("L", "PNG"), ("RGB", "MPO")])
+@pytest.mark.parametrize("mode, kind", [("RGB", "JPEG"), ("L", "JPEG"), ("RGB", "PNG"), ("P", "PNG"), ("L", "PNG"),
+                                        ("RGB", "MPO")])
 def test_jpeg_and_png_are_kept_as_they_are(shop, mode, kind):
     options = {"save_all": True, "append_images": [crop(1)]} if kind == "MPO" else {}
     content = encoded(crop().convert(mode), kind, **options)
@@ -474,6 +474,12 @@ def test_other_formats_become_png_of_the_same_pixels(shop, mode, kind):
     image = stored(shop, content, "misnamed.jpg")
     assert image.startswith(b"\x89PNG")
     np.testing.assert_array_equal(decode_image(image, "a"), decode_image(content, "a"))
+
+
+def test_what_is_transparent_becomes_grey(shop):
+    image = crop().convert("RGBA")
+    image.putalpha(0)
+    assert (decode_image(stored(shop, encoded(image, "PNG")), "a") == 128).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

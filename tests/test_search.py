@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import jlml_jax
 from jlml_jax import extract, features_file, search, user_images
 from jlml_jax.gallery import Gallery
 
@@ -25,7 +24,7 @@ def crops(tmp_path):
 
 
 @pytest.fixture
-def run(capsys, tiny_run):
+def run(capsys, tiny_run, loaded_once):
     """Runs the command; returns its lines, or with status=2 the one line of its error."""
     def run(*arguments, status=0, workdir=tiny_run):
         returned = search.main([f"--workdir={workdir}", *map(str, arguments)])
@@ -48,14 +47,14 @@ def names(indices):
     return [f"{i:04d}_c{1 + i % 3}s1_{i:06d}_00.png" for i in indices]
 
 
-def test_a_folder_is_searched_and_only_what_is_new_is_embedded(run, tiny_run, crops, tmp_path, monkeypatch):
+def test_a_folder_is_searched_and_only_what_is_new_is_embedded(run, crops, tmp_path, tiny_extractor, monkeypatch):
     query, index = crops / names([4])[0], tmp_path / "index"
     lines = run(f"--gallery={crops}", f"--query={query}", f"--index={index}", "--top_k=20")
     files, distances = found(lines)
     assert files[0] == query.name and distances[0] == 0 and distances == sorted(distances)
     assert sorted(files) == names(range(12)) and "12 images added, 12 in it" in lines[1]
     # The same order as by features computed here.
-    extractor = jlml_jax.load_extractor(tiny_run)
+    extractor = tiny_extractor
     features = extractor(np.stack([user_images.load_query(str(path), 32, 16)[1] for path in sorted(crops.iterdir())]))
     expected = np.argsort(np.linalg.norm(features - features[4], axis=1), kind="stable")
     assert files == names(expected)
@@ -112,8 +111,8 @@ def test_a_file_of_features_is_searched(run, tiny_run, crops, tmp_path, suffix):
     assert "leave out --index" in run(f"--gallery={file}", f"--index={tmp_path / 'i'}", status=2)
 
 
-def test_a_gallery_of_another_model_is_refused_with_both_fingerprints(run, tiny_run, crops, tmp_path):
-    own = jlml_jax.load_extractor(tiny_run).fingerprint
+def test_a_gallery_of_another_model_is_refused_with_both_fingerprints(run, tiny_extractor, crops, tmp_path):
+    own = tiny_extractor.fingerprint
     Gallery.create(tmp_path / "other", "0123456789abcdef", 32).close()
     table = features_file.FeaturesFile(np.ones((1, 32), np.float32), *np.array([["a"]] * 3), None, "/",
                                        "fedcba9876543210")

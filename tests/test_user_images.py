@@ -34,7 +34,7 @@ def test_a_folder_is_searched_to_the_bottom_and_sorted(tmp_path):
 
 
 @pytest.mark.parametrize(("names", "expected"), [
-    (["0002_c1s1_000451_03.jpg", "-1_c6s3_000001_00.jpg.jpg"], [("-1", "6"), ("2", "1")]),
+    (["0002_c1s1_000451_03.jpg", "-1_c6s3_000001_00.jpg.jpg"], [("junk", "6"), ("2", "1")]),
     (["0002_c1s1_000451_03.jpg", "holiday.jpg"], [("", ""), ("", "")]),
 ])
 def test_market_names_count_only_if_all_are_such(tmp_path, names, expected):
@@ -57,18 +57,18 @@ def test_a_csv_gives_identity_camera_and_box(tmp_path):
     anna, other = listing.images
     assert (anna.file, anna.identity, anna.camera, anna.box) == ("frames/f.png", "anna", "door", (10, 5, 16, 20))
     assert (other.file, other.identity, other.camera, other.box) == ("frames/f.png", "", "", (0, 0, 8, 8))
-    assert listing.notes == ("columns not used: score",)
+    assert listing.notes == ("columns that are not read: score",)
     crops = list(load_images(listing.images, 20, 16))
     assert (crops[0].pixels == BLUE).all() and (crops[1].pixels == RED).all()
     assert crops[0].digest != crops[1].digest
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("file\na.png\n", "no column `image`"),
-    ("image,image\na.png,a.png\n", "a column twice"),
+    ("file\na.png\n", "no column image"),
+    ("image,image\na.png,a.png\n", "two columns image"),
     ("image,x,y\na.png,1,2\n", "lacks width, height of a box"),
-    ("image,camera\na.png\n", "line 2: it has not as many fields"),
-    ("image,camera\na.png,1,2\n", "line 2: it has not as many fields"),
+    ("image,camera\na.png\n", "1 lines have not 2 cells"),
+    ("image,camera\na.png,1,2\n", "1 lines have not 2 cells"),
     ("image\na.png\n../secret.png\n", "line 3: ../secret.png leaves the folder"),
     ("image\nsub/../../secret.png\n", "line 2: sub/../../secret.png leaves the folder"),
     ("image\n/etc/passwd\n", "line 2: /etc/passwd leaves the folder"),
@@ -77,10 +77,11 @@ def test_a_csv_gives_identity_camera_and_box(tmp_path):
     ("image,x,y,width,height\na.png,0,0,5,-5\n", "line 2: the box of a.png is 5 x -5"),
     ("image,x,y,width,height\na.png,0,0,5,\n", "line 2: the box of a.png is not four numbers"),
     ("image,x,y,width,height\na.png,0,nan,5,5\n", "line 2: the box of a.png is not finite"),
-    ("image\n", "has no images"),
-    ("", "no column `image`"),
-    ('image\n"a.png\n', "not a CSV"),
-    (b"image\n\xff.png\n", "not a CSV in UTF-8"),
+    ("image\n", "lists no images"),
+    ("", "is empty"),
+    ('image\n"a.png\n', "line 2: unexpected end of data"),
+    (b"image\n\xff.png\n", "not text in UTF-8"),
+    ("image,identity\na.png,-1\n", "line 2: write junk for identity -1"),
 ])
 def test_a_csv_that_cannot_be_right_is_refused(tmp_path, text, message):
     folder = tmp_path / "folder"
@@ -200,7 +201,8 @@ def test_damaged_files_are_errors_of_the_user_never_bugs(tmp_path):
 def test_frames_decode_once_and_known_images_never(tmp_path, monkeypatch):
     decoded = []
     original = user_images.open_rgb
-    monkeypatch.setattr(user_images, "open_rgb", lambda data, name: decoded.append(name) or original(data, name))
+    monkeypatch.setattr(user_images, "open_rgb", lambda data, name, **options: decoded.append(name)
+                        or original(data, name, **options))
     write_image(tmp_path / "f.png", (40, 30))
     write_image(tmp_path / "g.png", (40, 30), color=BLUE)
     (tmp_path / "b.csv").write_text("image,x,y,width,height\n" + "".join(

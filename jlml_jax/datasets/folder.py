@@ -21,9 +21,9 @@ from jlml_jax.datasets.base import (
     BenchmarkBuilder,
     Crop,
     Originals,
-    decode_image,
     encode_png,
     first_few,
+    open_rgb,
     parse_names,
 )
 from jlml_jax.errors import UserError
@@ -36,19 +36,11 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SEED = 0  # of the splits that are drawn
 
 # 0002_c1s1_000451_03.jpg or 17_c3.png: identity, camera, anything.
-_NAME = re.compile(r"(?P<identity>-1|[0-9]+)_c(?P<camera>[0-9]+).*(?i:\.jpe?g|\.png|\.bmp|\.webp)")
+NAME = re.compile(r"(?P<identity>-1|[0-9]+)_c(?P<camera>[0-9]+).*(?i:\.jpe?g|\.png|\.bmp|\.webp)")
 _EXAMPLE = "0002_c1s1_000451_03.jpg"
 
+_TURNED = range(2, 9)  # Exif orientations; 1 is upright
 _READ_BY_ALL = {"JPEG", "MPO", "PNG"}  # what TensorFlow decodes too; an MPO is a JPEG with further pictures behind it
-_UPRIGHT = {  # by Exif orientation; 1 is upright already
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +121,7 @@ def _refuse(source: Path, offenders: Sequence[str], what: str, remedy: str) -> N
 
 def _read_csv(path: Path) -> tuple[list[_Row], list[str], list[str]]:
     """The images that a CSV lists; no unexpected files; notes."""
-    header, lines = _read_table(path)
+    header, lines = read_table(path, COLUMNS, ("split",))
     has_split = "split" in header and any(cells["split"] for _, cells in lines)
     needed = (*COLUMNS, "split") if has_split else COLUMNS
     _refuse(path, [f"line {line} ({', '.join(empty)})" for line, cells in lines
@@ -151,8 +143,13 @@ def _read_csv(path: Path) -> tuple[list[_Row], list[str], list[str]]:
     return rows, [], notes
 
 
-def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The titles of a CSV, and the number and cells of each further line that is not empty."""
+def read_table(path: Path, needed: Sequence[str], known: Sequence[str] = ()
+               ) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The titles of a CSV, and the number and cells of each further line that is not empty.
+
+    Raises:
+        UserError: it is no such file, or it lacks a `needed` column or has one of these or of the `known` ones twice.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
@@ -167,12 +164,12 @@ def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}; mend the quotation marks") from error
     if not lines:
-        raise UserError(f"{path} is empty; its first line must name the columns {', '.join(COLUMNS)}")
+        raise UserError(f"{path} is empty; its first line must name the columns {', '.join(needed)}")
     (_, header), *lines = lines
-    if missing := [column for column in COLUMNS if column not in header]:
+    if missing := [column for column in needed if column not in header]:
         raise UserError(f"{path} has no column {' and no column '.join(missing)}: its first line is "
-                        f"{','.join(header)[:80]!r}, but must name {', '.join(COLUMNS)}, with commas between them")
-    if twice := [column for column in (*COLUMNS, "split") if header.count(column) > 1]:
+                        f"{','.join(header)[:80]!r}, but must name {', '.join(needed)}, with commas between them")
+    if twice := [column for column in (*needed, *known) if header.count(column) > 1]:
         raise UserError(f"{path} has two columns {twice[0]}; remove one")
     if not lines:
         raise UserError(f"{path} lists no images; add a line for each")
@@ -206,10 +203,10 @@ def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
     for names in FOLDERS.values():
         if len(both := [name for name in names if name in folders]) > 1:
             raise UserError(f"{root} has both {' and '.join(both)}; remove or rename one")
-    images, unexpected = parse_names(root, list(folders) or ["."], _NAME, SUFFIXES, _EXAMPLE)
+    images, unexpected = parse_names(root, list(folders) or ["."], NAME, SUFFIXES, _EXAMPLE)
     if folders:
         unexpected += [path.name for path in sorted(root.iterdir()) if path.name not in folders]
-    rows = [_Row(path, path.relative_to(root).as_posix(), _identity_of(match), str(int(match["camera"])),
+    rows = [_Row(path, path.relative_to(root).as_posix(), identity_of(match), str(int(match["camera"])),
                  folders.get(folder, ""))
             for folder, matches in images.items() for path, match in matches]
     if not rows:
@@ -218,7 +215,8 @@ def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
     return rows, unexpected, []
 
 
-def _identity_of(match: re.Match) -> str:
+def identity_of(match: re.Match) -> str:
+    """The identity in a name that is like NAME: a number as text, or a word of NOBODY."""
     words = {str(number): word for word, number in NOBODY.items()}
     number = str(int(match["identity"]))
     return words.get(number, number)
@@ -298,21 +296,18 @@ def _reader(path: Path, name: str) -> Callable[[], bytes]:
 
 
 def _upright(encoded: bytes, name: str) -> bytes:
-    """The image file as it is, if it is a JPEG or PNG that TensorFlow reads and not to be turned; else as PNG.
+    """The image file as it is, if TensorFlow reads it and shows it as a viewer would; else as PNG, of what that shows.
 
     Cameras leave it to the viewer to turn a picture, by its Exif orientation; what decodes crops knows nothing of it.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            readable = image.format in _READ_BY_ALL and image.mode != "CMYK"
-            # Pillow turns a TIFF itself as it decodes it.
-            turn = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))
+            if (image.format in _READ_BY_ALL and image.mode != "CMYK" and not image.has_transparency_data
+                    and _orientation(image) not in _TURNED):
+                return encoded
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return encoded  # for decode_image to say what is wrong with it
-    if readable and turn is None:
-        return encoded
-    pixels = decode_image(encoded, name)
-    return encode_png(pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn)))
+    return encode_png(np.asarray(open_rgb(encoded, name, upright=True)))
 
 
 def _orientation(image: Image.Image) -> int | None:
