@@ -15,6 +15,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -193,6 +194,7 @@ def _locked(folder: Path) -> Iterator[None]:
 # What the device takes at a time. On a CPU the differences must stay in the cache: this is what makes a query cost
 # one reading of the features, not three.
 _CPU_CHUNK_BYTES, _CHUNK_BYTES = 4 << 20, 256 << 20
+_EXACT_ROWS = 256  # rows a thread compares in float64 at a time: their differences stay in the cache
 # Float32 sums of D squared differences are within D + 2 roundings of 2^-24 (Higham 2002, section 3.1); this is the
 # share of it that widens the choice of candidates.
 _ROUNDING = 2.0 ** -23
@@ -255,8 +257,17 @@ class NearestNeighbours:
             cut = float(np.partition(squared, top_k - 1)[top_k - 1])
             margin = 1 + 2 * (len(query) + 8) * _ROUNDING
             rows = rows[squared <= cut * margin + np.finfo(np.float32).tiny * len(query)]
-        distances = np.concatenate([
-            np.linalg.norm(self._features[rows[start:start + 1024]].astype(np.float64) - query, axis=1)
-            for start in range(0, len(rows), 1024)])
+        distances = self._exact_distances(rows, query)
         nearest = np.lexsort((rows, distances))[:top_k]
         return rows[nearest], distances[nearest]
+
+    def _exact_distances(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+        """float64 [M], of rows that are usually few, but all of them where all are about as far."""
+        def squared(part: np.ndarray) -> np.ndarray:
+            difference = self._features[part].astype(np.float64)
+            difference -= query
+            return np.einsum("nd,nd->n", difference, difference)
+
+        with ThreadPoolExecutor() as pool:
+            parts = pool.map(squared, np.split(rows, range(_EXACT_ROWS, len(rows), _EXACT_ROWS)))
+            return np.sqrt(np.concatenate(list(parts)))
