@@ -1,13 +1,14 @@
 import os
 import tempfile
 
-# Before JAX is imported: four devices, as the parity tests need.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# The tests compile the same few programs many times, some of them in processes of their own.
-_CACHE = tempfile.TemporaryDirectory(prefix="jlml_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit all this
+    # Before JAX is imported: four devices, as the parity tests need.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # The tests compile the same few programs many times, some of them in processes of their own.
+    _CACHE = tempfile.TemporaryDirectory(prefix="jlml_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest
 from market1501_miniature import write_market1501
