@@ -49,9 +49,12 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
             raise UserError(f"{workdir} has files in it but no {_CONFIG}, so it is not a run's folder; "
                             "give another --workdir or empty it")
         if has_checkpoint(workdir):
-            # The folder of several trials may be asked for others of them.
-            free = FREE_FIELDS if label_map is not None else (*FREE_FIELDS, "data.trials")
-            _refuse_difference(workdir, json.loads(config_path.read_text()), json.loads(config.to_json()), free)
+            free = [*FREE_FIELDS]
+            if label_map is None:  # the folder of several trials may be asked for others of them
+                free.append("data.trials")
+            if not config.data.name.startswith("cuhk03/"):  # for evaluate.datasets alone
+                free.append("data.cuhk03_")
+            _refuse_difference(workdir, json.loads(config_path.read_text()), json.loads(config.to_json()), tuple(free))
             if label_map is not None and json.loads(labels_path.read_text()) != label_map:
                 raise UserError(f"{workdir} was trained on another version of {label_map['dataset']} than the one in "
                                 "data.data_dir; give another --workdir, or the data that it was trained on")

@@ -179,7 +179,13 @@ def test_a_run_is_evaluated_on_other_data_sets(link, runs, pretrained):
     assert all(row["trained_on"] == "tiny_imagenet" for row in others)
     trials = {name: {row["trial"] for row in others if row["dataset"] == name}
               for name in ("viper", "cuhk03/labeled", "market1501")}
+    assert {row["protocol"] for row in others if row["dataset"] == "cuhk03/labeled"} == {"20/100 single-shot"}
     assert trials == {"viper": {*range(10), "mean"}, "cuhk03/labeled": {*range(20), "mean"}, "market1501": {0}}
+
+
+    config.evaluate.datasets, config.data.cuhk03_protocol = "cuhk03/labeled", "767/700"  # not what was trained on
+    rows = train_and_evaluate(config, pretrained, "evaluate")
+    assert {(row["protocol"], row["num_queries"]) for row in rows if "trained_on" in row} == {("767/700", 60)}
 
 
 @pytest.mark.parametrize(("tested", "message"), [
