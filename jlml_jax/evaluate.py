@@ -253,10 +253,11 @@ def mean_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as tables in per cent, one for each data set, protocol and trial."""
+    """The rows as tables in per cent, one for each data set and protocol: of the mean of its trials if there is one."""
     tables = {}
     for row in rows:
         tables.setdefault((row["dataset"], row["protocol"], row["trial"]), []).append(row)
+    tables = {key: table for key, table in tables.items() if key[2] == "mean" or (*key[:2], "mean") not in tables}
     return "\n\n".join(_format_table(table) for table in tables.values())
 
 

@@ -194,6 +194,21 @@ def test_features_that_tell_persons_apart_score_one(trial):
     assert table.splitlines()[-1].split() == ["local"] + ["100.0"] * 7
 
 
+def test_of_several_trials_the_table_shows_the_mean(trial):
+    rng = np.random.default_rng(0)
+
+    def extract(split):
+        return {"global": np.eye(12)[split.identities + 1] + rng.normal(size=(len(split), 12))}
+
+    trials = [trial, dataclasses.replace(trial, number=1, incomplete="")]
+    rows = evaluate.evaluate_trials(trials, extract, default.get_config().evaluate)
+    assert [row["trial"] for row in rows] == [0, 1, "mean"]
+    title, _, line = evaluate.format_rows(rows).splitlines()
+    assert "mean of 2 trials" in title
+    mean, deviation = np.mean([row["rank1"] for row in rows[:2]]), np.std([row["rank1"] for row in rows[:2]], ddof=1)
+    assert line.split()[1:4] == [f"{100 * mean:.1f}", "±", f"{100 * deviation:.1f}"]
+
+
 def test_chance_is_near_its_expectation_and_a_colour_histogram_above_it(trial):
     data = default.get_config().data
     data.height, data.width = 32, 16
