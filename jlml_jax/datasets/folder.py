@@ -76,8 +76,6 @@ class Folder(BenchmarkBuilder):
     )
     EXPECTED = None
 
-    _source: Path | None = None
-
     def __init__(self, config: str | tfds.core.BuilderConfig | None = None, **kwargs):
         name = config.name if isinstance(config, tfds.core.BuilderConfig) else config or ""
         if not re.fullmatch("[A-Za-z0-9_-]+", name):
