@@ -1,0 +1,195 @@
+"""What each table needs: on which data sets it is defined, the runs behind its rows, and where these stand."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from flax.traverse_util import flatten_dict
+
+from jlml_jax import datasets
+from jlml_jax.checkpoints import FREE_FIELDS
+from jlml_jax.datasets.base import first_few
+from jlml_jax.errors import UserError
+from jlml_jax.train import RESULTS
+
+# What the rows are trained with, by the name of the row's folder: a delta over the config of all rows.
+ROWS: dict[str, dict[str, Any]] = {
+    "jlml": {},
+    "uni_loss": {"model.loss": "uni"},
+    "separate_stems": {"model.shared_stem": False},
+    "without_sfl": {"loss.lambda_global": 0.0, "loss.lambda_local": 0.0},
+}
+# The full JLML, which the deltas are over: the config of all rows must have these.
+FULL = {"model.branches": "both", "model.loss": "multi", "model.shared_stem": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One of the paper's tables: its lines that are ours, and the comparisons that its text draws from them."""
+
+    number: int
+    ours: dict[str, tuple[str, str]]  # line of paper_tables.json -> (row, feature)
+    comparisons: tuple[tuple[str, str], ...] = ()  # (better, worse), lines of `ours`
+
+    def rows(self) -> list[str]:
+        """The rows to train, each once."""
+        return list(dict.fromkeys(row for row, _ in self.ours.values()))
+
+    def datasets(self) -> tuple[str, ...]:
+        """The data sets that the table is defined on; folder/NAME stands for anybody's own."""
+        if self.number in _BENCHMARKS:
+            return _BENCHMARKS[self.number]
+        return datasets.NAMES if self.number == 13 else tuple(name for name in datasets.NAMES if name not in _NO_TEST)
+
+
+_BENCHMARKS = {5: ("cuhk03/detected", "cuhk03/labeled"), 6: ("market1501",), 7: ("viper",), 8: ("grid",)}
+_NO_TEST = ("imagenet2012", "tiny_imagenet")  # nobody is ranked there
+
+# Tables 9 and 10: global, local and joint (full) features are of one run each; Table 10's lower half is Table 9.
+TABLES = {table.number: table for table in (
+    *(Table(number, {"JLML": ("jlml", "joint")}) for number in _BENCHMARKS),
+    Table(9, {f"JLML ({feature.title() if feature != 'joint' else feature})": ("jlml", feature)
+              for feature in ("global", "local", "joint")},
+          (("JLML (joint)", "JLML (Global)"), ("JLML (joint)", "JLML (Local)"), ("JLML (Local)", "JLML (Global)"))),
+    Table(10, {f"{loss}, {line}": (row, feature)
+               for loss, row in (("UniLoss", "uni_loss"), ("MultiLoss", "jlml"))
+               for line, feature in (("Global Feature", "global"), ("Local Feature", "local"), ("Full", "joint"))},
+          tuple((f"MultiLoss, {line}", f"UniLoss, {line}") for line in ("Global Feature", "Local Feature", "Full"))),
+    Table(11, {"Without Shared Feature": ("separate_stems", "joint"), "With Shared Feature": ("jlml", "joint")},
+          (("With Shared Feature", "Without Shared Feature"),)),
+    Table(12, {"Without SFL": ("without_sfl", "joint"), "With SFL": ("jlml", "joint")},
+          (("With SFL", "Without SFL"),)),
+    Table(13, {}),
+)}
+
+
+def find_table(number: int | None, dataset: str | None) -> Table:
+    """The table, if there is one of that number and it is defined on the data set."""
+    if number not in TABLES:
+        raise UserError(f"--table={'' if number is None else number} is not a table made here; give one of 5 to 13")
+    known = TABLES[number].datasets()
+    family, _, name = (dataset or "").partition("/")
+    if ("folder/NAME" if family == "folder" and name else dataset) not in known:
+        raise UserError(f"--dataset={dataset or ''}: table {number} is defined on {', '.join(known)}")
+    return TABLES[number]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` -> [0, 1, 2]."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) < 2**32 for part in parts):
+        raise UserError(f"--seeds={text} is not a list of whole numbers from 0 on; give such as 0,1,2")
+    seeds = [int(part) for part in parts]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds={text} names a seed twice; the same run would count as two")
+    return seeds
+
+
+def check_config(table: Table, config: ml_collections.ConfigDict) -> None:
+    """Refuses a config of all rows that has a row's own change in it."""
+    flat = flatten_dict(config.to_dict(), sep=".")
+    for field, value in FULL.items():
+        if table.rows() and flat[field] != value:
+            raise UserError(f"{field}={flat[field]!r} is for all rows, but it is what the rows differ in; leave it out")
+    if table.number == 12 and not config.loss.lambda_global and not config.loss.lambda_local:
+        raise UserError("loss.lambda_global and loss.lambda_local are 0 for all rows, so that both lines of table 12 "
+                        "would be the same; leave one out")
+    if table.number == 5 and config.data.cuhk03_protocol != "single-shot":
+        raise UserError(f"data.cuhk03_protocol={config.data.cuhk03_protocol!r}: table 5 is single-shot; leave it out")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One row by one seed."""
+
+    row: str
+    seed: int
+    folder: Path
+    config: ml_collections.ConfigDict
+
+    def __str__(self) -> str:
+        return f"{self.row} seed {self.seed}"
+
+    def trials(self) -> list[Path]:
+        """The folders of the trials asked for, as far as they are begun; the run's own where there are no trials."""
+        folders = sorted(self.folder.glob("trial-*"))
+        if asked := re.fullmatch(r"(\d+)(?:-(\d+))?", self.config.data.trials):
+            first, last = int(asked[1]), int(asked[2] or asked[1])
+            folders = [folder for folder in folders if first <= int(folder.name.removeprefix("trial-")) <= last]
+        return folders or [self.folder]
+
+    def missing(self) -> str:
+        """What the run lacks, in one line; empty if it is trained to the end and evaluated, and by this very config."""
+        config, results = self.folder / "config.json", self.folder / RESULTS
+        try:
+            made = json.loads(config.read_text())
+        except FileNotFoundError:
+            return "not begun"
+        except ValueError:
+            return f"{config} is damaged"
+        if differing := self._differing(made):
+            return f"{self.folder} was made by another config: {first_few(differing)}"
+        total = self.config.train.steps
+        for folder in self.trials():
+            if (steps := _steps_done(folder)) < total:
+                name = f"{folder.name} is at " if folder != self.folder else ""
+                return f"unfinished: {name}step {steps} of {total}"
+        # A run's folder gets its config at the start of every call, and its results at the end, after all trials'.
+        if not results.exists() or results.stat().st_mtime_ns < config.stat().st_mtime_ns:
+            return "unfinished: not all that is trained is evaluated"
+        return ""
+
+    def _differing(self, made: dict[str, Any]) -> list[str]:
+        old, new = (flatten_dict(fields, sep=".") for fields in (made, json.loads(self.config.to_json())))
+        several = any(self.folder.glob("trial-*"))
+        return [f"{field} ({old.get(field)!r} there, {new.get(field)!r} here)" for field in sorted(old | new)
+                if old.get(field) != new.get(field)
+                and (field in _SEEN_IN_RESULTS or not field.startswith(FREE_FIELDS))
+                and (several or field != "data.trials")]  # "all" and "0" are the same where there is one trial
+
+    def results(self) -> list[dict[str, Any]]:
+        """The rows of results.json, trial by trial, that are of the table's data set, ranked as its config says."""
+        rows = [row for folder in self.trials() for row in json.loads((folder / RESULTS).read_text())["rows"]]
+        return [row for row in rows if row["dataset"] == self.config.data.name and "trained_on" not in row
+                and row.get("normalize") == self.config.evaluate.normalize]
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the results come from, with what the folder has beside results.json."""
+        of_trials = [json.loads((folder / RESULTS).read_text())["provenance"] for folder in self.trials()]
+        rates = [line["images_per_second"] for folder in self.trials() for line in read_metrics(folder)]
+        return of_trials[0] | {
+            "config": json.loads((self.folder / "config.json").read_text()),
+            "wall_time_seconds": round(sum(source["wall_time_seconds"] for source in of_trials), 1),
+            "train_fingerprint": [source["train_fingerprint"] for source in of_trials],
+            "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
+            "incomplete": next((row["incomplete"] for row in self.results() if "incomplete" in row), ""),
+        }
+
+
+_SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.multi_query")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, which its results do without."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _steps_done(folder: Path) -> int:
+    return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=0)
+
+
+def plan_runs(table: Table, config: ml_collections.ConfigDict, workdir: Path, seeds: list[int]) -> list[Run]:
+    """The runs behind the table, row by row. The full JLML's are those of every table that has it."""
+    runs = []
+    for row in table.rows():
+        for seed in seeds:
+            of_run = config.copy_and_resolve_references()
+            of_run.update_from_flattened_dict(ROWS[row])
+            of_run.name, of_run.seed = row, seed
+            of_run.init_from = of_run.init_from.replace("{row}", row)
+            runs.append(Run(row, seed, workdir / row / f"seed-{seed}", of_run))
+    return runs

@@ -1,0 +1,85 @@
+"""How long runs would take on this machine, from a few measured steps."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from jlml_jax import evaluate, models, optim, parallel, protocols, train
+from jlml_jax.device_data import DeviceData
+
+_WARM_UP, _MEASURED = 2, 6  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds, for one trial of a run, and how many trials there are."""
+
+    compilation: float
+    step: float
+    evaluation: float  # features alone; ranking and decoding are not counted
+    trials: int
+
+    def run(self, steps: int) -> float:
+        """Of a run of so many steps a trial, evaluated."""
+        return self.trials * (self.compilation + steps * self.step + self.evaluation)
+
+
+def estimate(config: ml_collections.ConfigDict) -> Estimate:
+    """Compiles the step and the evaluation of a run, and times a few of either on black images.
+
+    The compilation cache is left out: every seed is a program of its own, compiled anew.
+    """
+    mesh = parallel.make_mesh()
+    parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
+    parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
+    protocol = protocols.load(config.data.name, config.data)
+    numbers = protocol.numbers(config.data.trials)
+    trial = protocol.trial(numbers[0])
+    model = models.build_model(config, len(trial.identities()))
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
+
+    started = time.perf_counter()
+    from_device_data = train.choose_loader(config, len(trial.train), mesh) == "device"
+    step = train.make_train_step(config, model, optimizer, mesh, from_device_data)
+    state = train.init_state(config, model, optimizer, mesh)
+    batch = _black(len(trial.train) if from_device_data else config.train.batch_size, config)
+    batch = parallel.replicate(DeviceData(*batch), mesh) if from_device_data else parallel.shard_batch(batch, mesh)
+    state, _ = jax.block_until_ready(step(state, batch))
+    compilation = time.perf_counter() - started
+
+    def one_step():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    seconds_a_step = _median_seconds(one_step)
+
+    forward = evaluate.make_forward(model, config.data, mesh)
+    images = parallel.shard_batch(_black(config.evaluate.batch_size, config)[0], mesh)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    started = time.perf_counter()
+    jax.block_until_ready(forward(variables, images))
+    compilation += time.perf_counter() - started
+    tested = sum(len(split) for split in (trial.query, trial.gallery, trial.multi_query) if split is not None)
+    batches = -(-tested // config.evaluate.batch_size)
+    jax.clear_caches()
+    return Estimate(compilation, seconds_a_step, batches * _median_seconds(lambda: forward(variables, images)),
+                    len(numbers))
+
+
+def _black(number: int, config: ml_collections.ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    return (np.zeros((number, config.data.height, config.data.width, 3), np.uint8), np.zeros(number, np.int32))
+
+
+def _median_seconds(call: Callable[[], Any]) -> float:
+    seconds = []
+    for _ in range(_WARM_UP + _MEASURED):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[_WARM_UP:]))

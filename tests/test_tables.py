@@ -1,0 +1,375 @@
+"""The command that makes the paper's tables, on the miniature Market-1501, and the published figures."""
+
+import csv
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from configs import market1501, synthetic
+from experiments.tables import __main__ as command
+from experiments.tables import figures, plan, published, size, timing
+from experiments.tables.report import Outcome, Report, outcomes
+from jlml_jax import evaluate
+from jlml_jax.errors import UserError
+
+DATASET = "market1501"
+TINY = ["--config.data.height=16", "--config.data.width=8", "--config.model.num_strips=2", "--config.model.depth=1",
+        "--config.model.stem_features=4", "--config.model.global_widths=(4,)", "--config.model.local_widths=(4,)",
+        "--config.model.global_feature_dim=8", "--config.model.local_feature_dim=8", "--config.train.steps=4",
+        "--config.train.batch_size=8", "--config.evaluate.batch_size=16", "--config.log_every=2",
+        "--config.checkpoint_every=2", "--config.compilation_cache="]
+
+
+def run(*arguments):
+    return command.main(["tables", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def arguments(market1501_dir):
+    return [f"--dataset={DATASET}", f"--config.data.data_dir={market1501_dir}", *TINY]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, arguments):
+    """Table 12 made: the folder of all tables. The only two trainings here."""
+    workdir = tmp_path_factory.mktemp("tables")
+    assert run("--table=12", f"--workdir={workdir}", *arguments) == 0
+    return workdir
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of it, times of files included, for tests that change it."""
+    shutil.copytree(trained, tmp_path / "tables")
+    return tmp_path / "tables"
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """The rows that would be trained, by name; nothing is."""
+    asked = []
+    monkeypatch.setattr(command, "train_and_evaluate", lambda config, workdir: asked.append(config.name))
+    return asked
+
+
+def lines_of(workdir, number):
+    """The CSV's lines by (line, query, score)."""
+    text = (workdir / DATASET / f"table_{number}.csv").read_text()
+    return {(line["line"], line["query"], line["score"]): line for line in csv.DictReader(io.StringIO(text))}
+
+
+def score_of(workdir, row, feature, protocol, score):
+    rows = json.loads((workdir / DATASET / row / "seed-0" / "results.json").read_text())["rows"]
+    found, = (one[score] for one in rows if (one["feature"], one["protocol"]) == (feature, protocol))
+    return 100 * found
+
+
+# --- The paper's figures
+
+def test_published_figures():
+    def paper(number, line):
+        return list(published.load(number).rows[line])
+
+    assert paper(6, "JLML") == paper(9, "JLML (joint)") == [85.1, 65.5, 89.7, 74.5]
+    assert paper(5, "X-Corr") == [72.4, 95.5, None, 98.4, 72.0, 96.0, None, 98.2]
+    assert paper(5, "MTDnet") == [74.7, 96.0, 97.5] + 5 * [None]
+    assert paper(7, "SCS") == [53.5, 82.6, 91.5, 96.7]
+    assert paper(8, "JLML") == [37.5, 61.4, 69.4, 77.4]
+    assert paper(10, "UniLoss, Local Feature") == [46.3, 26.3, 58.0, 34.0]
+    assert paper(13, "JLML-ResNet39") == [1.54e9, 7.2, 39, 5]
+    assert [len(published.load(number).rows) for number in range(5, 14)] == [9, 5, 9, 5, 3, 6, 2, 2, 5]
+
+
+@pytest.mark.parametrize(("number", "better", "worse", "gains"), [
+    (5, "JLML", "DGD", {0: 7.9}), (5, "JLML", "X-Corr", {4: 8.6}), (6, "JLML", "S-CNN", {0: 19.3, 2: 13.7}),
+    (8, "JLML", "GOG", {0: 12.8}), (9, "JLML (joint)", "JLML (Local)", {0: 6.2, 1: 7.7, 2: 3.3, 3: 6.1}),
+    (10, "MultiLoss, Full", "UniLoss, Full", {0: 9.0, 1: 13.3, 2: 6.0, 3: 11.7}),
+    (11, "With Shared Feature", "Without Shared Feature", {0: 1.9, 1: 2.4, 2: 1.4, 3: 2.4}),
+    (12, "With SFL", "Without SFL", {0: 1.7, 1: 1.7, 2: 1.0, 3: 1.6}),
+])
+def test_published_figures_agree_with_the_gains_in_the_papers_text(number, better, worse, gains):
+    rows = published.load(number).rows
+    assert {k: round(rows[better][k] - rows[worse][k], 1) for k in gains} == gains
+
+
+def test_every_table_is_whole():
+    for number, table in plan.TABLES.items():
+        paper = published.load(number)
+        assert all(len(values) == len(paper.columns) for values in paper.rows.values())
+        assert table.ours.keys() <= paper.rows.keys()
+        assert {line for pair in table.comparisons for line in pair} <= table.ours.keys()
+    assert published.citation("X-Corr") == "Subramaniam et al., 2016"
+    assert published.citation("JLML (joint)") == published.citation("UniLoss, Full") == "Li et al., 2017"
+    compared = {line for number in (5, 6, 7, 8, 13) for line in published.load(number).rows}
+    assert {line for line in compared if published.citation(line) == "Li et al., 2017"} == {"JLML", "JLML-ResNet39"}
+
+
+# --- What the user can mend
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["--table=4"], "--table=4 is not a table made here; give one of 5 to 13"),
+    (["--table=nine"], "nine"),
+    (["--dataset=market1501"], "--table= is not a table"),
+    (["--table=6"], "--dataset=: table 6 is defined on market1501"),
+    (["--table=6", "--dataset=viper"], "--dataset=viper: table 6 is defined on market1501"),
+    (["--table=5", "--dataset=cuhk03"], "cuhk03/detected, cuhk03/labeled"),
+    (["--table=9", "--dataset=tiny_imagenet"], "table 9 is defined on"),
+    (["--table=9", "--dataset=folder/"], "folder/NAME"),
+    (["--table=9", "--dataset=viper", "--only=uni_loss"], "--only=uni_loss is not a row of table 9; its rows are jlml"),
+    (["--table=13", "--dataset=viper", "--only=jlml"], "it has nothing to train"),
+    (["--table=9", "--dataset=viper", "--seeds=0,a"], "--seeds=0,a"),
+    (["--table=9", "--dataset=viper", "--seeds="], "--seeds="),
+    (["--table=9", "--dataset=viper", "--seeds=1,1"], "names a seed twice"),
+    (["--table=9", "--dataset=viper", "--config.train.stps=1"], 'Did you mean "steps"'),
+    (["--table=9", "--dataset=viper", "--config.seed=1"], "use --seeds"),
+    (["--table=9", "--dataset=viper", "--config.data.name=grid"], "use --dataset"),
+    (["--table=10", "--dataset=viper", "--config.model.loss=uni"], "model.loss='uni' is for all rows"),
+    (["--table=12", "--dataset=viper", "--config.loss.lambda_global=0", "--config.loss.lambda_local=0"], "the same"),
+    (["--table=5", "--dataset=cuhk03/labeled", "--config.data.cuhk03_protocol=767/700"], "single-shot"),
+    (["--table=9", "--dataset=viper", "--dri_run"], "dri_run"),
+    (["--table=9", "--dataset=viper", "jlml"], "unexpected argument 'jlml'"),
+])
+def test_bad_input_is_told_in_one_line(capsys, tmp_path, no_training, given, message):
+    assert run(f"--workdir={tmp_path / 'tables'}", *given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not no_training and not (tmp_path / "tables").exists()
+
+
+def test_data_that_are_not_prepared(capsys, tmp_path):
+    assert run("--table=7", "--dataset=viper", f"--workdir={tmp_path}", f"--config.data.data_dir={tmp_path}") == 2
+    error = capsys.readouterr().err
+    assert "jlml seed 0: viper is not prepared" in error and "python -m jlml_jax.prepare viper" in error
+    assert "| JLML | 50.2 | failed |" in (tmp_path / "viper" / "table_7.md").read_text()
+
+
+def test_without_matplotlib_nothing_is_trained(monkeypatch):
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[tables\]'"):
+        figures.check_matplotlib()
+
+
+# --- A table that was made
+
+def test_table_12(trained):
+    lines = lines_of(trained, 12)
+    for line, row in (("With SFL", "jlml"), ("Without SFL", "without_sfl")):
+        for query in ("single", "multi"):
+            for score in ("rank1", "mean_ap_trapezoid"):
+                ours = score_of(trained, row, "joint", f"{query}-query", score)
+                assert float(lines[line, query, score]["ours"]) == pytest.approx(ours, abs=1e-3)
+                assert lines[line, query, score]["state"] == "finished"
+    line = lines["With SFL", "multi", "mean_ap_trapezoid"]
+    assert float(line["paper"]) == 74.5
+    assert float(line["difference"]) == pytest.approx(float(line["ours"]) - 74.5, abs=1e-3)
+    assert lines["With SFL", "single", "rank20"]["paper"] == "" and lines["With SFL", "single", "rank20"]["ours"]
+    text = (trained / DATASET / "table_12.md").read_text()
+    rank1 = score_of(trained, "jlml", "joint", "single-query", "rank1")
+    assert f"| With SFL | 85.1 | {rank1:.1f} | {rank1 - 85.1:+.1f} | 65.5 |" in text
+    assert "With SFL over Without SFL | +1.7 |" in text and "one run a row" in text
+    assert "| complete |" in text
+
+
+def test_every_run_carries_its_provenance(trained):
+    found = json.loads((trained / DATASET / "table_12_runs.json").read_text())
+    assert [(one["row"], one["seed"]) for one in found] == [("without_sfl", 0), ("jlml", 0)]
+    for one in found:
+        source = one["provenance"]
+        assert {"command", "commit", "uncommitted_changes", "versions", "hardware", "seed", "wall_time_seconds",
+                "images_per_second", "train_fingerprint", "incomplete"} <= source.keys()
+        assert source["steps"] == source["config"]["train"]["steps"] == 4
+        assert len(one["rows"]) == 6  # three features, two protocols
+    assert [one["provenance"]["config"]["loss"]["lambda_local"] for one in found] == [0.0, 5e-4]
+
+
+def test_figures_of_table_12(trained):
+    folder = trained / DATASET
+    for name in ("training", "cmc", "features"):
+        picture = (folder / f"table_12_{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and 5_000 < len(picture) < 200_000
+        assert f"(table_12_{name}.png)" in (folder / "table_12.md").read_text()
+    curves = list(csv.DictReader((folder / "table_12_training.csv").open()))
+    logged = [json.loads(line) for line in (folder / "jlml" / "seed-0" / "metrics.jsonl").read_text().splitlines()]
+    assert ([float(one["cross_entropy"]) for one in curves if (one["row"], one["classifier"]) == ("jlml", "local")]
+            == [line["cross_entropy/local"] for line in logged])
+    layers = {(one["row"], one["when"], one["branch"], one["strip"]): one
+              for one in csv.DictReader((folder / "table_12_features.csv").open())}
+    assert len(layers) == 2 * 2 * 3  # rows, before and after, global and two strips
+    before, after = (float(layers["jlml", when, "local", "1"]["group_norm_mean"]) for when in ("before", "after"))
+    without = float(layers["without_sfl", "after", "local", "1"]["group_norm_mean"])
+    assert before == float(layers["without_sfl", "before", "local", "1"]["group_norm_mean"])
+    assert after < without != before  # the penalty draws the sums of magnitudes down
+
+
+def test_groups_of_the_feature_layers():
+    kernel = np.array([[3.0, 4.0], [0.0, 5e-4]])
+    local = np.array([[1.0, -2.0], [3.0, 0.0], [0.0, 0.0], [0.0, -0.5]])
+    found = figures.groups_of({"global_head": {"fc": {"kernel": kernel}}, "local_head": {"fc": {"kernel": local}}}, 2)
+    assert [(one.branch, one.strip) for one in found] == [("global", None), ("local", 0), ("local", 1)]
+    np.testing.assert_allclose(found[0].norms, [5, 5e-4])
+    np.testing.assert_allclose(found[1].norms, [4, 2])
+    np.testing.assert_allclose(found[2].norms, [0, 0.5])
+    assert [one.near_zero() for one in found] == [0.5, 0.25, 0.75]
+
+
+# --- What is there is reused; what is not does not spoil the rest
+
+def test_the_full_run_serves_the_other_tables(copied, arguments, no_training):
+    for number in (6, 9):
+        assert run(f"--table={number}", f"--workdir={copied}", *arguments) == 0
+    assert not no_training
+    lines = lines_of(copied, 9)
+    for line, feature in (("JLML (Global)", "global"), ("JLML (Local)", "local"), ("JLML (joint)", "joint")):
+        ours = score_of(copied, "jlml", feature, "multi-query", "mean_ap_trapezoid")
+        assert float(lines[line, "multi", "mean_ap_trapezoid"]["ours"]) == pytest.approx(ours, abs=1e-3)
+    text = (copied / DATASET / "table_6.md").read_text()
+    assert "| SCS | 51.9 |  |  | 26.3 |  |  | - |" in text and "| JLML | 85.1 |" in text
+
+
+def test_a_crashed_row_does_not_spoil_the_others(copied, arguments, monkeypatch, capsys):
+    def crash(config, workdir):
+        assert config.model.loss == "uni"
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(command, "train_and_evaluate", crash)
+    assert run("--table=10", f"--workdir={copied}", *arguments) == 2
+    assert "1 of 2 runs failed, uni_loss seed 0: RuntimeError: out of memory" in capsys.readouterr().err
+    text = (copied / DATASET / "table_10.md").read_text()
+    assert "| UniLoss, Full | 76.1 | failed |" in text
+    assert "- uni_loss: seed 0 failed: RuntimeError: out of memory" in text
+    assert lines_of(copied, 10)["UniLoss, Full", "single", "rank1"]["ours"] == ""
+    rank1 = score_of(copied, "jlml", "joint", "single-query", "rank1")
+    assert f"| MultiLoss, Full | 85.1 | {rank1:.1f} |" in text
+
+
+def test_a_half_finished_row_is_no_result(copied, arguments, no_training):
+    seed = copied / DATASET / "without_sfl" / "seed-0"
+    shutil.rmtree(seed / "checkpoints" / "4")
+    assert run("--table=12", "--only=jlml", f"--workdir={copied}", *arguments) == 0
+    text = (copied / DATASET / "table_12.md").read_text()
+    assert "- without_sfl: seed 0 unfinished: step 2 of 4" in text
+    assert "| Without SFL | 83.4 | unfinished |" in text and "| With SFL | 85.1 | unf" not in text
+    assert not no_training
+    run("--table=12", f"--workdir={copied}", *arguments)
+    assert no_training == ["without_sfl"]
+
+
+def test_a_run_of_another_config_is_no_result(copied, arguments, no_training):
+    run("--table=12", "--only=without_sfl", f"--workdir={copied}", *arguments, "--config.optim.learning_rate=0.5")
+    text = (copied / DATASET / "table_12.md").read_text()
+    assert "was made by another config: optim.learning_rate (0.01 there, 0.5 here)" in text
+    assert "| With SFL | 85.1 | unfinished |" in text and no_training == ["without_sfl"]
+
+
+def test_an_evaluation_that_was_cut_short_is_done_again(copied, arguments, no_training):
+    config = copied / DATASET / "jlml" / "seed-0" / "config.json"
+    config.write_text(config.read_text())  # as at the start of a call that did not come to its results
+    run("--table=9", f"--workdir={copied}", *arguments)
+    assert no_training == ["jlml"]
+    assert "not all that is trained is evaluated" in (copied / DATASET / "table_9.md").read_text()
+
+
+def test_dry_run_lists_runs_and_trains_nothing(trained, arguments, no_training, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "estimate", lambda config: timing.Estimate(10.0, 0.5, 8.0, 2))
+    assert run("--table=12", "--seeds=0,7", "--dry_run", f"--workdir={trained}", *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("without_sfl seed 0: 4 steps, finished; 0 s; ")
+    assert lines[1].startswith("without_sfl seed 7: 4 steps, not begun; 40 s; ")
+    assert lines[-1].startswith("1 minutes in all")
+    assert not no_training and not (trained / DATASET / "jlml" / "seed-7").exists()
+
+
+def test_estimate(arguments):
+    config = command._parse_config(["tables", *arguments[1:]], DATASET)
+    found = timing.estimate(config)
+    assert found.trials == 1 and found.compilation > 10 * found.step > 0
+    assert found.run(1_000) == pytest.approx(found.compilation + 1_000 * found.step + found.evaluation)
+
+
+# --- Several seeds, several trials
+
+def write_run(run, scores, normalize="none"):
+    """A finished run without any training; `scores`: by trial, rank 1 of feature joint."""
+    for trial, rank1 in scores.items():
+        folder = run.folder / f"trial-{trial:02d}" if len(scores) > 1 else run.folder
+        (folder / "checkpoints" / str(run.config.train.steps)).mkdir(parents=True)
+        row = {"dataset": run.config.data.name, "protocol": "single-query", "trial": trial, "feature": "joint",
+               "normalize": normalize} | dict.fromkeys(evaluate.SCORES, rank1)
+        rows = [row, row | {"feature": "chance", "rank1": 0.0}, row | {"trained_on": "grid", "rank1": 0.0}]
+        (folder / "results.json").write_text(json.dumps({"rows": rows}))
+    (run.folder / "config.json").write_text(run.config.to_json())
+    (run.folder / "results.json").touch()
+
+
+def report_of(tmp_path, number, config, seeds, scores):
+    table = plan.TABLES[number]
+    runs = plan.plan_runs(table, config, tmp_path, seeds)
+    for one, of_run in zip(runs, scores, strict=True):
+        write_run(one, of_run)
+    return Report(table, config.data.name, outcomes(runs, {}))
+
+
+def test_mean_and_deviation_over_seeds_and_gains_seed_by_seed(tmp_path):
+    config = synthetic.get_config()
+    config.evaluate.normalize = "none"
+    report = report_of(tmp_path, 11, config, [0, 1, 2], [{0: 0.2}, {0: 0.4}, {0: 0.6}, {0: 0.3}, {0: 0.5}, {0: 0.71}])
+    assert report.rows["jlml"] == Outcome(report.rows["jlml"].runs, "")
+    ours = report.figure("Without Shared Feature", "rank1", False)
+    assert (ours.mean, ours.deviation, ours.samples) == pytest.approx((40, 20, 3))
+    column = report.published.columns[0]
+    gain = report.gain("With Shared Feature", "Without Shared Feature", column)
+    assert gain.text("+") == "+10.3 ± 0.6"
+    assert report.figure("With Shared Feature", "rank1", True) is None  # nobody is queried by several images there
+    assert not report.comparable and "difference" not in report._texts("With Shared Feature", 85.1, column)
+    assert report.spread() == "± is the sample standard deviation over 3 seeds"
+
+
+def test_mean_and_deviation_over_trials(tmp_path):
+    config = market1501.get_config()
+    config.data.name, config.data.trials = "viper", "0-2"
+    report = report_of(tmp_path, 7, config, [0], [{0: 0.5, 1: 0.6, 2: 0.7, 3: 0.0}])  # trial 3 is not asked for
+    ours = report.figure("JLML", "rank1", False)
+    assert (ours.mean, ours.deviation, ours.samples) == pytest.approx((60, 10, 3))
+    assert report.spread() == "± is the sample standard deviation over 3 trials"
+    assert report._texts("JLML", 50.2, report.published.columns[0]) == ["50.2", "60.0 ± 10.0", "+9.8"]
+
+
+def test_rows_are_the_papers_ablations():
+    config = market1501.get_config()
+    config.init_from = "runs/{row}/imagenet"
+    runs = {run.row: run.config for number in (10, 11, 12)
+            for run in plan.plan_runs(plan.TABLES[number], config, Path("tables"), [3])}
+    assert runs.keys() == plan.ROWS.keys()
+    flat = flatten_dict(config.to_dict(), sep=".")
+    changed = {"name", "seed", "init_from"}
+    for row, of_row in runs.items():
+        delta = {field: value for field, value in flatten_dict(of_row.to_dict(), sep=".").items()
+                 if value != flat[field] and field not in changed}
+        assert delta == plan.ROWS[row]
+        assert (of_row.seed, of_row.init_from) == (3, f"runs/{row}/imagenet")
+
+
+# --- Table 13
+
+def test_size_of_the_papers_network(tmp_path):
+    found = size.measure(market1501.get_config(), 224, 224)
+    assert (found.multiply_adds, found.parameters, found.depth, found.streams) == (789_897_216, 7_790_624, 39, 5)
+    assert found.xla_operations == pytest.approx(1.5e9, rel=0.02)
+
+
+def test_table_13(tmp_path, arguments, no_training):
+    assert run("--table=13", "--dataset=synthetic_pedestrians", f"--workdir={tmp_path}", *TINY) == 0
+    text = (tmp_path / "synthetic_pedestrians" / "table_13.md").read_text()
+    assert "| JLML-ResNet39 | 1.54e+09 |" in text and "| ours, 224x224 |" in text and "| ours, 16x8 |" in text
+    lines = list(csv.DictReader((tmp_path / "synthetic_pedestrians" / "table_13.csv").open()))
+    ours = {(one["line"], one["score"]): one for one in lines}
+    assert float(ours["ResNet50", "multiply_adds"]["paper"]) == 3.8e9
+    parameters = ours["ours, 224x224", "parameters"]
+    assert math.isclose(float(parameters["difference"]), float(parameters["ours"]) - 7.2, abs_tol=1e-5)
