@@ -99,17 +99,17 @@ def _cmc_curves(report: Report, folder: Path, stem: str) -> str:
             axis.errorbar(REPORTED_RANKS, [one.mean for one in figures], [one.deviation or 0 for one in figures],
                           color=f"C{color}", marker="o", capsize=3, label=line if report.table.number > 8 else "ours")
     if report.comparable and report.table.number in (5, 7, 8):
-        for line, values in report.published.rows.items():
+        for number, (line, values) in enumerate(report.published.rows.items(), 1):  # C0 is ours
             points = [(int(column.score.removeprefix("rank")), values[k]) for k in report.columns
                       if (column := report.published.columns[k]) and values[k] is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), linestyle="--", marker=".", linewidth=1,
-                          label=f"{line}, published", color="black" if line == "JLML" else None)
+                          label=f"{line}, published", color="black" if line == "JLML" else f"C{number}")
     axis.set(xscale="log", xlabel="rank", ylabel="matched within that rank (%)", title=report.dataset)
     axis.set_xticks(REPORTED_RANKS, [str(rank) for rank in REPORTED_RANKS])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="lower right")
     return _save(figure, folder / f"{stem}.png")
 
 
