@@ -128,6 +128,28 @@ def rank_metrics(
     return _evaluate(distances_to, labels, max_rank, repeats if single_gallery_shot else None, seed)
 
 
+def query_scores(
+    query_features: ArrayLike,
+    gallery_features: ArrayLike,
+    query_ids: ArrayLike,
+    gallery_ids: ArrayLike,
+    query_cameras: ArrayLike,
+    gallery_cameras: ArrayLike,
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each query the rank of its first true match, int64 [Q], and its average precision at hits, float64 [Q].
+
+    Arguments and errors are those of `evaluate_ranking`, whose means over the whole gallery these add up to. A query
+    without a true match has 0 and NaN.
+    """
+    query, gallery = _features(query_features, gallery_features)
+    labels = _labels((len(query), len(gallery)), query_ids, gallery_ids, query_cameras, gallery_cameras)
+    first_ranks, average_precision = np.zeros(len(query), np.int64), np.full(len(query), np.nan)
+    rows, first_ranks_of_rows, scores = _score(
+        lambda columns: _squared_l2(query, gallery[columns])[0], labels, np.flatnonzero(labels.gallery_ids >= 0))
+    first_ranks[rows], average_precision[rows] = first_ranks_of_rows, scores[0]
+    return first_ranks, average_precision
+
+
 def l2_distances(query_features: ArrayLike, gallery_features: ArrayLike) -> np.ndarray:
     """Plain (not squared) L2 distances, [Q, D] and [G, D] -> [Q, G] float32.
 
