@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -160,7 +159,7 @@ def chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: str, fi
     x_ticks, y_ticks = _ticks(left, right), _ticks(min(ys), max(ys), beyond=True)
     bottom, top = y_ticks[0], y_ticks[-1]
     legend = _legend_rows([curve.name for curve in curves])
-    first = _TOP + _LINE * (1 + max(row for row, _ in legend)) + 4 + 14 * len(marks[:1])
+    first = _TOP + _LINE * (1 + max(row for row, _ in legend)) + 4 + 12 * min(2, len(marks))
     margin = 30 + _CHARACTER * max(len(_number(tick, y_ticks)) for tick in y_ticks)
     across = _WIDTH - margin - _RIGHT_MARGIN
 
@@ -196,8 +195,9 @@ def chart(curves: Sequence[Curve], *, title: str, x_label: str, y_label: str, fi
     text(12, middle, y_label, "middle", opacity="0.8", transform=f"rotate(-90 12 {middle:.1f})")
 
     for number, (x, label) in enumerate(sorted(marks)):
-        line(place(x, bottom), (place(x, bottom)[0], first - 2), **{"stroke-dasharray": "2 3", "class": "mark"})
-        text(place(x, bottom)[0], first - 6, label, "middle" if number else "end", **{"font-size": "11"})
+        end = first - 2 - 12 * (number % 2)  # so that the labels of two close ones do not collide
+        line(place(x, bottom), (place(x, bottom)[0], end), **{"stroke-dasharray": "2 3", "class": "mark"})
+        text(place(x, bottom)[0], end - 4, label, "middle", **{"font-size": "11"})
     for curve, line_points, (row, start) in zip(curves, points, legend, strict=True):
         color = {"class": f"c{curve.color}", "stroke": COLORS[curve.color], "fill": "none", "stroke-width": "2",
                  "stroke-linejoin": "round"} | ({"stroke-dasharray": "6 3"} if curve.dashed else {})

@@ -24,10 +24,11 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from jlml_jax import datasets, evaluate, metrics, parallel, pictures, protocols
+from jlml_jax import calibration, datasets, evaluate, metrics, parallel, pictures, protocols
 from jlml_jax.checkpoints import SavedRun, load_run, write_atomically
 from jlml_jax.datasets.base import DISTRACTOR, Split
 from jlml_jax.errors import UserError, exit_status
+from jlml_jax.extractor import Extractor
 from jlml_jax.logs import TIME_FIELDS
 from jlml_jax.models import build_model
 from jlml_jax.pictures import Curve
@@ -137,21 +138,6 @@ def _read_history(workdir: Path) -> list[dict[str, float]]:
                                  if line.endswith("\n")])
 
 
-def _read_calibration(workdir: Path) -> dict[str, Any] | None:
-    """calibration.json, as the calibrate command leaves it: thresholds that were measured, and the equal error."""
-    path = workdir / "calibration.json"
-    if not path.exists():
-        return None
-
-    def read() -> dict[str, Any]:
-        content = json.loads(path.read_text())
-        return {"thresholds": [{name: float(entry[name]) for name in ("rate", "threshold", "true_accept_rate")}
-                               for entry in content["thresholds"] if entry["threshold"] is not None],
-                "equal_error": {name: float(content["equal_error"][name]) for name in ("rate", "threshold")}}
-
-    return _parse(path, read)
-
-
 def _parse(path: Path, read: Any) -> Any:
     try:
         return read()
@@ -254,8 +240,9 @@ class _Names:
 def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_group: int) -> dict[str, Any]:
     config = run.config
     evaluate.check_fields(config.evaluate)
-    model = build_model(config, len(trial.identities()) if trial.train is not None else 0)
     mesh = parallel.make_mesh()
+    verdicts = calibration.load_verdicts(run.workdir, Extractor(run, mesh))  # refuses other weights' before the work
+    model = build_model(config, num_identities=0)
     extract = functools.partial(
         evaluate.extract_features, evaluate.make_forward(model, config.data, mesh),
         parallel.replicate(run.variables, mesh), data=config.data, batch_size=config.evaluate.batch_size, mesh=mesh)
@@ -275,15 +262,14 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
     lists = [_ranked_list(trial, names, group, q, query[feature], gallery[feature], first_ranks, precisions)
              for group, queries in groups.items() for q in queries]
     units = _add_pictures(run, trial, model, lists)
-    calibration = _read_calibration(run.workdir)
+    histogram, thresholds = _histogram(trial, query[feature], gallery[feature], verdicts.thresholds if verdicts else ())
     ranks = np.arange(1, config.evaluate.max_rank + 1)
     return {
         "feature": feature, "scores": scores[feature], "differs": _difference(run, trial, results, feature, scores),
         "cmc": _figure(
             [Curve(name, ranks, 100 * score.cmc, _COLORS.get(name, _OTHER)) for name, score in scores.items()],
             title="CMC curve", x_label="rank", y_label="queries matched by it (per cent)"),
-        "histogram": _histogram(trial, query[feature], gallery[feature], calibration),
-        "calibration": calibration,
+        "histogram": histogram, "thresholds": thresholds,
         "lists": lists, "counts": {group: len(queries) for group, queries in groups.items()},
         "identities": _options(lists, "identity"), "cameras": _options(lists, "camera"),
         "figures": [item for group in groups for item in [one for one in lists if one["group"] == group][:FIGURES]],
@@ -294,14 +280,15 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
 def _difference(run: SavedRun, trial: Trial, results: dict[str, Any] | None, feature: str,
                 scores: Mapping[str, metrics.RankingMetrics]) -> str:
     """In words, if results.json does not have what was computed anew."""
+    anew = {"rank1": float(scores[feature].cmc[0]), "mean_ap": scores[feature].mean_ap}
     expected = {"dataset": trial.dataset, "protocol": trial.protocol, "trial": trial.number, "feature": feature}
     for row in results["rows"] if results else ():
-        if expected.items() <= row.items() and "trained_on" not in row and (
-                abs(row["rank1"] - scores[feature].cmc[0]) > 5e-4 or abs(row["mean_ap"] - scores[feature].mean_ap) > 5e-4):
-            return (f"results.json says R1 {100 * row['rank1']:.1f} and mAP {100 * row['mean_ap']:.1f} of step "
-                    f"{results['provenance'].get('steps')}; checkpoint {run.step}, of which everything below is, "
-                    f"gives {100 * scores[feature].cmc[0]:.1f} and {100 * scores[feature].mean_ap:.1f}. Evaluate the "
-                    "run again with python -m jlml_jax.main --mode=evaluate.")
+        if expected.items() <= row.items() and "trained_on" not in row and any(
+                abs(row[score] - value) > 5e-4 for score, value in anew.items()):
+            return (f"results.json says R1 {100 * row['rank1']:.1f} and mAP {100 * row['mean_ap']:.1f}, of step "
+                    f"{results['provenance'].get('steps')}; checkpoint {run.step}, of which all that follows is, gives "
+                    f"{100 * anew['rank1']:.1f} and {100 * anew['mean_ap']:.1f}. Evaluate the run again with python -m "
+                    "jlml_jax.main --mode=evaluate.")
     return ""
 
 
@@ -380,26 +367,32 @@ def _uri(image: Image.Image, file_format: str, **options: Any) -> str:
     return f"data:image/{file_format.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
-def _histogram(trial: Trial, query: np.ndarray, gallery: np.ndarray, calibration: dict[str, Any] | None
-               ) -> dict[str, Any]:
-    """Distances from queries to gallery images: the same person by another camera, and different people."""
+def _histogram(trial: Trial, query: np.ndarray, gallery: np.ndarray, thresholds: Sequence[tuple[float, float]]
+               ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Distances from queries to gallery images: the same person by another camera, and different people.
+
+    `thresholds` are (false accept rate, distance), as calibrated. Returns the figure, and for each of them the shares
+    of both kinds of pairs that it accepts here.
+    """
     number = min(len(query), max(1, _DISTANCES // len(gallery)))
     rows = np.sort(np.random.default_rng(_SEED).permutation(len(query))[:number])
     distances = metrics.l2_distances(query[rows], gallery)
     equal = trial.query.identities[rows, None] == trial.gallery.identities
     same = distances[equal & (trial.query.cameras[rows, None] != trial.gallery.cameras)]
     different = distances[~equal & (trial.gallery.identities >= DISTRACTOR)]
+    pairs = [("same person, another camera", same, 0), ("different people", different, 1)]
     edges = np.histogram_bin_edges(np.concatenate([same, different]), HISTOGRAM_BINS)
-    curves = []
-    for name, values, color in (("same person, another camera", same, 0), ("different people", different, 1)):
-        shares = 100 * np.histogram(values, edges)[0] / max(1, len(values))
-        curves.append(Curve(name, (edges[1:] + edges[:-1]) / 2, shares, color))
-    marks = [(entry["threshold"], f"{entry['rate']:.0e}".replace("e-0", "e-"))
-             for entry in (calibration or {"thresholds": []})["thresholds"]]
+    curves = [Curve(name, (edges[1:] + edges[:-1]) / 2, 100 * np.histogram(values, edges)[0] / max(1, len(values)),
+                    color) for name, values, color in pairs]
     of = "all" if number == len(query) else f"{number:,} random ones of {len(query):,}"
-    return _figure(curves, title="Distances", x_label="L2 distance", y_label="pairs (per cent)", filled=True,
-                   marks=marks, note=f"{len(same):,} pairs of the same person and {len(different):,} of different "
-                                     f"people: {of} queries against the gallery.")
+    figure = _figure(
+        curves, title="Distances", x_label="L2 distance", y_label="pairs (per cent)", filled=True,
+        marks=[(threshold, calibration.format_rate(rate)) for rate, threshold in thresholds],
+        note=f"{len(same):,} pairs of the same person and {len(different):,} of different people: {of} queries against "
+             "the gallery.")
+    return figure, [{"rate": calibration.format_rate(rate), "threshold": threshold,
+                     "accepted": [float(np.mean(values < threshold)) if len(values) else 0.0 for _, values, _ in pairs]}
+                    for rate, threshold in sorted(thresholds, reverse=True)]
 
 
 # Where it comes from.
