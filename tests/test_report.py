@@ -281,6 +281,18 @@ def test_a_union_has_no_ranking(tiny_run, shop_dir, tmp_path):
     assert "Do not pass this file on" not in page.text
 
 
+def test_results_of_other_weights_are_told(shop):
+    workdir, _, trial, (query, gallery) = shop
+    scores = {name: metrics.evaluate_ranking(query[name], gallery[name], *evaluate.labels_of(trial)) for name in query}
+    row = score_row(dataset=trial.dataset, protocol=trial.protocol, rank1=float(scores["joint"].cmc[0]),
+                    mean_ap=scores["joint"].mean_ap)
+    other = row | {"mean_ap": row["mean_ap"] / 2}
+    for rows, differs in (([row], False), ([other], True), ([other | {"trained_on": "viper"}], False)):
+        results = {"rows": rows, "provenance": {"steps": 6}}
+        told = report._difference(load_run(workdir), trial, results, "joint", scores)
+        assert ("of step 6; checkpoint 12" in told) == differs and bool(told) == differs
+
+
 def test_real_people_are_not_to_be_passed_on(tiny_run, tmp_path, capsys, page):
     page_of_benchmark = Page(report.write_report(tiny_run, tmp_path / "report.html"))
     assert "Do not pass this file on." in page_of_benchmark.text
