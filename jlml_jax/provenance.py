@@ -1,5 +1,6 @@
 """Where a result comes from: versions, hardware, command and commit."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -24,6 +25,7 @@ def collect() -> dict[str, Any]:
         "command": " ".join([program, *map(shlex.quote, sys.argv[1:])]),
         "commit": commit,
         "uncommitted_changes": bool(_git(source, "status", "--porcelain", "--", ".")) if commit else None,
+        "source_sha256": _digest(source),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "hardware": {"platform": jax.default_backend(), "devices": jax.device_count(),
                      "device_kind": jax.devices()[0].device_kind, "processes": jax.process_count(),
@@ -36,6 +38,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _digest(folder: Path) -> str:
+    """Of the package's own code, which a commit does not tell of an installed package or an edited checkout."""
+    files = sorted(folder.rglob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
