@@ -58,7 +58,10 @@ def get_config() -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.steps = 50_000
-    train.batch_size = 32  # global, over all devices
+    train.batch_size = 32  # over all devices of all hosts, whose number changes neither it nor the learning rate
+    # Parts that the batch is computed in, one after another, where it does not fit in memory; gradients are averaged.
+    # BN normalises each part by its own statistics and updates the running ones with every part: a smaller batch's BN.
+    train.accumulation_steps = 1
     train.steps_per_dispatch = 0  # at most, with all images on the devices; 0: 25, and 1 on a CPU
 
     config.evaluate = evaluate = ConfigDict()

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from jlml_jax import sampling
+
 
 def normalise(images: jax.Array, data: ml_collections.ConfigDict) -> jax.Array:
     """uint8 [B, H, W, 3] -> float32: (pixel / 255 - mean) / std by channel."""
@@ -23,16 +25,16 @@ def step_key(seed: int, step: jax.Array | int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STREAM), step)
 
 
-def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDict, axis_name: str | None = None
-            ) -> jax.Array:
+def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDict, axis_name: str | None = None,
+            parts: int = 1) -> jax.Array:
     """Random changes to a batch of uint8 crops [b, H, W, 3], independent for each.
 
-    `key` is the global batch's: the device's rows take their own part of what is drawn for all, so that the number of
-    devices changes nothing.
+    `key` is the global batch's: the device's rows, as `sampling.device_rows` has them, take their own share of what is
+    drawn for all, so that the number of devices changes nothing.
     """
     devices = jax.lax.axis_size(axis_name) if axis_name else 1
-    first = jax.lax.axis_index(axis_name) * len(images) if axis_name else 0
-    keys = jax.lax.dynamic_slice_in_dim(jax.random.split(key, devices * len(images)), first, len(images))
+    device = jax.lax.axis_index(axis_name) if axis_name else 0
+    keys = sampling.device_rows(jax.random.split(key, devices * len(images)), devices, parts)[device]
     return jax.vmap(functools.partial(_augment_one, settings))(keys, images)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from jlml_jax.errors import UserError
 # What may differ between a run and its resumption: it changes what is shown or kept, not what is learned.
 FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_every", "keep_checkpoints",
                "compilation_cache", "train.steps_per_dispatch")
+
+_VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on another; NFS remembers what was not there
 
 _LABEL_MAP, _CONFIG = "label_map.json", "config.json"
 
@@ -34,6 +37,11 @@ def has_checkpoint(workdir: Path) -> bool:
     """Whether a run in `workdir` has saved anything yet; a trial's run counts for the folder of all trials."""
     return any(step.name.isdigit() for pattern in ("checkpoints/*", "trial-*/checkpoints/*")
                for step in workdir.glob(pattern))
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The step of the latest checkpoint of the run in `workdir`."""
+    return max((int(step.name) for step in workdir.glob("checkpoints/*") if step.name.isdigit()), default=None)
 
 
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: dict[str, Any] | None = None) -> None:
@@ -63,6 +71,16 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
             write_atomically(labels_path, json.dumps(label_map))
     except OSError as error:
         raise UserError(f"cannot use the run's folder {workdir}: {error.strerror}; give another --workdir") from error
+
+
+def await_claimed(workdir: Path) -> None:
+    """Waits in other processes than the one that called `claim_workdir` until they see what it wrote."""
+    deadline = time.monotonic() + _VISIBLE_WITHIN
+    while not (workdir / _CONFIG).exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"{workdir / _CONFIG}, which process 0 has written, is not seen here; give a --workdir "
+                            "that all hosts share")
+        time.sleep(0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +114,14 @@ def load_run(workdir: str | Path) -> SavedRun:
         raise UserError(f"{workdir} has a damaged {_CONFIG} or {_LABEL_MAP} ({error}); train again") from error
     if not has_checkpoint(workdir):
         raise UserError(f"{workdir} has no checkpoint yet; train it first")
-    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
-    step = manager.latest_step()
-    manager.close()
+    step = latest_step(workdir)
     path = (workdir / "checkpoints" / str(step) / "state").absolute()
     try:
-        reader = ocp.PyTreeCheckpointer()
+        # Each of several processes reads for itself: one that cannot does not leave the others waiting for it.
+        alone = ocp.options.MultiprocessingOptions(jax.process_index(), active_processes={jax.process_index()},
+                                                   barrier_sync_key_prefix=f"process{jax.process_index()}")
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+                                  multiprocessing_options=alone)
         tree = reader.metadata(path).item_metadata.tree
         wanted = {part: tree[part] for part in ("params", "batch_stats")}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -118,7 +138,7 @@ _TRANSFERABLE_FIELDS = ("model.loss", "model.norm_momentum")
 
 def refuse_other_network(run: SavedRun, config: ml_collections.ConfigDict) -> None:
     """A UserError if the weights of `run`, apart from the identity layers, are not those of `config.model`."""
-    old, new = ({name: value for name, value in _flatten({"model": json.loads(c.to_json())["model"]}).items()
+    old, new = ({name: value for name, value in flatten({"model": json.loads(c.to_json())["model"]}).items()
                  if name not in _TRANSFERABLE_FIELDS} for c in (run.config, config))
     if differing := _differences(old, new):
         raise UserError(f"init_from={run.workdir} is a run of another network: {', '.join(differing)}; give the same "
@@ -137,11 +157,12 @@ def _with_tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by their dotted paths."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
@@ -153,7 +174,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _refuse_difference(workdir: Path, old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> None:
-    old, new = ({key: value for key, value in _flatten(config).items() if not key.startswith(free)}
+    old, new = ({key: value for key, value in flatten(config).items() if not key.startswith(free)}
                 for config in (old, new))
     if differing := _differences(old, new):
         raise UserError(f"{workdir} holds a run with another config: {', '.join(differing)}; "

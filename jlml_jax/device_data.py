@@ -22,16 +22,21 @@ class DeviceData:
 
 
 def place(split: Split, labels: np.ndarray, height: int, width: int, mesh: Mesh) -> DeviceData:
-    """Decodes `split` once and puts it on every device of the mesh; labels int [N]."""
+    """Decodes `split` once and puts it on every device of the mesh; labels int [N].
+
+    Each of several processes decodes all of it, for its own devices: nothing travels between them.
+    """
     return parallel.replicate(DeviceData(split.decode(height, width), labels.astype(np.int32)), mesh)
 
 
-def draw(data: DeviceData, seed: int, step: jax.Array, batch_size: int, axis_name: str
+def draw(data: DeviceData, seed: int, step: jax.Array, batch_size: int, axis_name: str, parts: int = 1
          ) -> tuple[jax.Array, jax.Array]:
-    """This device's rows (images, labels) of the global batch at `step`; called inside the per-device step."""
+    """This device's rows (images, labels) of the global batch at `step`; called inside the per-device step.
+
+    With the batch in `parts`, one after another, its rows of the first, then those of the second, and so on.
+    """
     indices = sampling.batch_indices(seed, step, len(data.labels), batch_size)
-    local = batch_size // jax.lax.axis_size(axis_name)
-    indices = jax.lax.dynamic_slice_in_dim(indices, jax.lax.axis_index(axis_name) * local, local)
+    indices = sampling.device_rows(indices, jax.lax.axis_size(axis_name), parts)[jax.lax.axis_index(axis_name)]
     return jnp.take(data.images, indices, axis=0), jnp.take(data.labels, indices, axis=0)
 
 

@@ -54,7 +54,8 @@ def extract_features(forward: Forward, variables: Any, split: Split, data: ml_co
     batches = [(indices[rows], mask) for indices, mask in sampling.evaluation_batches(len(split), batch_size)]
     images = decode_batches(split, (indices for indices, _ in batches), data)
     outputs, pending = [], None
-    bar = tqdm(images, f"features of {len(split):,} images", len(batches), unit=" batches", leave=False, disable=None)
+    bar = tqdm(images, f"features of {len(split):,} images", len(batches), unit=" batches", leave=False,
+               disable=jax.process_index() > 0 or None)
     for (_, mask), batch in zip(batches, bar, strict=True):
         result = forward(variables, parallel.shard_batch(batch, mesh)), mask
         if pending is not None:  # fetched only now, while the next batch is computed

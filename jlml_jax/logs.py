@@ -17,16 +17,20 @@ class TrainingLog:
 
     On resumption the lines of `metrics.jsonl` after `first_step` are dropped, because those steps come again, and
     `interval` (what `interval()` gave when the checkpoint was made) restores the steps that were not yet reported.
+
+    With `quiet`, of all processes but the first, it only collects: nothing is printed, written or dropped.
     """
 
     def __init__(self, workdir: Path, first_step: int, total_steps: int, batch_size: int,
-                 interval: dict[str, list[float]] | None = None):
+                 interval: dict[str, list[float]] | None = None, quiet: bool = False):
         self._path = workdir / "metrics.jsonl"
         self._total_steps, self._batch_size = total_steps, batch_size
         self._interval: dict[str, list[float]] = dict(interval or {})
-        self._drop_lines_after(first_step)
-        self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
-        self._events = _EventWriter(workdir, first_step)
+        self._quiet = quiet
+        if not quiet:
+            self._drop_lines_after(first_step)
+            self._file = open(self._path, "a")  # noqa: SIM115 - closed by close()
+            self._events = _EventWriter(workdir, first_step)
         self._start = self._mark = None
         self._mark_step = first_step
 
@@ -59,6 +63,8 @@ class TrainingLog:
         now = time.perf_counter()
         means = {name: float(np.mean(values)) for name, values in self._interval.items()}
         self._interval = {}
+        if self._quiet:
+            return
         rate = (done - self._mark_step) * self._batch_size / max(now - self._mark, 1e-9)
         self._mark, self._mark_step = now, done
         record = {"step": done, **means, "learning_rate": learning_rate, "images_per_second": round(rate, 2),
@@ -80,8 +86,9 @@ class TrainingLog:
               f"{rate:.1f} images/s  {_duration(left)} left", flush=True)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if not self._quiet:
+            self._file.close()
+            self._events.close()
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,9 @@ Examples:
   python -m jlml_jax.main                                       people drawn from a seed: no data, minutes on a CPU
   python -m jlml_jax.main --config=configs/market1501.py --config.train.batch_size=64
   python -m jlml_jax.main --config=configs/market1501.py --mode=evaluate
+  srun python -m jlml_jax.main --config=configs/market1501.py   many hosts: the same command on each; on Kubernetes and
+                                                                Cloud TPU likewise, elsewhere with the three flags
+  python -m jlml_jax.main --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0
 """
 
 import os
@@ -17,13 +20,18 @@ from absl import flags
 from ml_collections import config_flags
 
 import configs
-from jlml_jax.errors import UserError, exit_status
+from jlml_jax import parallel
+from jlml_jax.errors import UserError
 from jlml_jax.train import MODES, train_and_evaluate
 
 _DEFAULT_CONFIG = str(Path(configs.__file__).parent / "synthetic.py")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config; configs/synthetic.py if not given.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/NAME, NAME being the config's name.")
 _MODE = flags.DEFINE_enum("mode", MODES[0], MODES, "What to do.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this command, likewise.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, likewise.")
+_JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 60, "Seconds within which all processes must have started.")
 
 
 def _command() -> None:
@@ -38,6 +46,7 @@ def _command() -> None:
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}; see --help")
+    parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value)
     train_and_evaluate(config, workdir, _MODE.value)
 
 
@@ -45,7 +54,7 @@ def main() -> int:
     if "--help" in sys.argv:
         print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
         return 0
-    return exit_status(_command)
+    return parallel.exit_status(_command)
 
 
 if __name__ == "__main__":

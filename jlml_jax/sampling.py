@@ -26,6 +26,16 @@ def batch_indices(seed: int, step: jax.Array | int, num_images: int, batch_size:
     return jax.lax.dynamic_slice_in_dim(epoch_order(seed, epoch, num_images), position * batch_size, batch_size)
 
 
+def device_rows(rows: jax.Array | np.ndarray, num_devices: int, parts: int = 1) -> jax.Array | np.ndarray:
+    """Rows [B, ...] of a global batch, by device [num_devices, B / num_devices, ...].
+
+    Of each of the batch's `parts`, one after another, every device has equally many rows side by side: what a part
+    holds does not depend on the number of devices.
+    """
+    by_part = rows.reshape(parts, num_devices, -1, *rows.shape[1:])
+    return by_part.swapaxes(0, 1).reshape(num_devices, -1, *rows.shape[1:])
+
+
 def training_batches(seed: int, first_step: int, last_step: int, num_images: int,
                      batch_size: int) -> Iterator[np.ndarray]:
     """The `batch_indices` of steps `first_step` to `last_step` - 1, on the host, which draws an epoch's order once."""

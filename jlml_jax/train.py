@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,8 +39,11 @@ from jlml_jax import (
 from jlml_jax.checkpoints import (
     Checkpoints,
     SavedRun,
+    await_claimed,
     claim_workdir,
+    flatten,
     has_checkpoint,
+    latest_step,
     load_label_map,
     load_run,
     refuse_other_network,
@@ -91,27 +95,54 @@ def train_step(state: TrainState, batch: Batch, *, model: nn.Module, optimizer: 
                config: ml_collections.ConfigDict) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of one device, under the named axis "batch": the same under `shard_map` and under `pmap`.
 
+    With `config.train.accumulation_steps` k > 1 the batch is taken in k parts: gradients and metrics are their means,
+    BN normalises each part by that part's statistics (over all devices), and updates the running ones k times.
+
     Returns the next state and the step's metrics (scalars), both the same on every device.
     """
+    parts = config.train.accumulation_steps
     if isinstance(batch, DeviceData):
-        images, labels = device_data.draw(batch, config.seed, state.step, config.train.batch_size, BATCH_AXIS)
+        images, labels = device_data.draw(batch, config.seed, state.step, config.train.batch_size, BATCH_AXIS, parts)
     else:
         images, labels = batch
     key = augment.step_key(config.seed, state.step)
-    images = augment.normalise(augment.augment(key, images, config.augment, BATCH_AXIS), config.data)
+    images = augment.augment(key, images, config.augment, BATCH_AXIS, parts)
 
-    def loss_of(params):
-        outputs, updates = model.apply({"params": params, "batch_stats": state.batch_stats}, images, train=True,
-                                       mutable=["batch_stats"])
-        loss, terms = losses.jlml_loss(outputs, params, labels, num_strips=config.model.num_strips, **config.loss)
-        return loss, (terms, updates["batch_stats"])
+    def part_gradients(batch_stats, part):
+        part_images, part_labels = augment.normalise(part[0], config.data), part[1]
 
-    gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
-    gradients, metrics = jax.lax.pmean((gradients, metrics), BATCH_AXIS)
+        def loss_of(params):
+            outputs, updates = model.apply({"params": params, "batch_stats": batch_stats}, part_images, train=True,
+                                           mutable=["batch_stats"])
+            loss, terms = losses.jlml_loss(outputs, params, part_labels, num_strips=config.model.num_strips,
+                                           **config.loss)
+            return loss, (terms, updates["batch_stats"])
+
+        gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
+        return batch_stats, (gradients, metrics)
+
+    batch_stats, means = _accumulate(part_gradients, state.batch_stats, (images, labels), parts)
+    gradients, metrics = jax.lax.pmean(means, BATCH_AXIS)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+def _accumulate(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, parts: int) -> tuple[Any, Any]:
+    """`function` (carry, part of the rows) -> (carry, values), over all parts in order; the values' mean."""
+    if parts == 1:
+        return function(carry, rows)
+    rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+
+    def add(carry_and_sum, part):
+        carry, values = function(carry_and_sum[0], part)
+        return (carry, jax.tree.map(jnp.add, carry_and_sum[1], values)), None
+
+    _, values = jax.eval_shape(function, carry, jax.tree.map(lambda x: x[0], rows))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), values)
+    (carry, total), _ = jax.lax.scan(add, (carry, zeros), rows)
+    return carry, jax.tree.map(lambda x: x / parts, total)
 
 
 def make_train_step(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,
@@ -201,22 +232,39 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
     workdir = Path(workdir)
     mesh = parallel.make_mesh()
-    parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
+    code = {field: source[field] for field in ("commit", "source_sha256", "versions")}
+    parallel.refuse_differing(flatten({"config": json.loads(config.to_json())} | code)
+                              | {"--workdir": str(workdir), "--mode": mode})
+    if config.train.accumulation_steps < 1:
+        raise UserError(f"train.accumulation_steps={config.train.accumulation_steps} is less than 1")
+    parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.accumulation_steps)
     parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
     check_input_size(config.data.height, config.data.width, config.model.num_strips)
     evaluate.check_fields(config.evaluate)
 
-    protocol = protocols.load(config.data.name, config.data)
-    others = [protocols.tests(name, config.data) for name in config.evaluate.datasets.split(",") if name]
-    runs = []
-    for number in protocol.numbers(config.data.trials):
-        of_trial = config.copy_and_resolve_references()
-        of_trial.data.trials = str(number)
-        folder = workdir / f"trial-{number:02d}" if protocol.num_trials > 1 else workdir
-        runs.append(_check_run(of_trial, folder, protocol.trial(number), others, mesh, mode, source))
+    # A data set that is drawn here is drawn once.
+    protocol = parallel.first_then_others(lambda: protocols.load(config.data.name, config.data))
+    others = parallel.first_then_others(lambda: [
+        protocols.tests(name, config.data) for name in config.evaluate.datasets.split(",") if name])
+
+    def check_runs():
+        runs = []
+        for number in protocol.numbers(config.data.trials):
+            of_trial = config.copy_and_resolve_references()
+            of_trial.data.trials = str(number)
+            folder = workdir / f"trial-{number:02d}" if protocol.num_trials > 1 else workdir
+            runs.append(_check_run(of_trial, folder, protocol.trial(number), others, mesh, mode, source))
+        return runs
+
+    runs = parallel.together(check_runs)
+    for run in runs:
+        parallel.refuse_differing({
+            "data.loader": run.config.data.loader, "the training data": run.label_map["fingerprint"],
+            "the latest checkpoint": latest_step(run.workdir)})
     if protocol.num_trials > 1:
-        claim_workdir(workdir, config)
-    print_model(runs[0].model, config)
+        _claim(workdir, config)
+    if jax.process_index() == 0:
+        print_model(runs[0].model, config)
     rows = [row for run in runs for row in _go(run, mode)]
     if protocol.num_trials > 1 and mode != "train":
         rows = _collect_trials(workdir, source)
@@ -248,9 +296,15 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, o
     return _Run(asked, config, workdir, trial, others, mesh, model, optimizer, initial, label_map, source)
 
 
+def _claim(workdir: Path, *run: Any) -> None:
+    """`claim_workdir` by process 0, for all."""
+    parallel.together(lambda: claim_workdir(workdir, *run) if jax.process_index() == 0 else None)
+    parallel.together(lambda: await_claimed(workdir))
+
+
 def _go(run: _Run, mode: str) -> list[dict[str, Any]]:
     started = time.perf_counter()
-    claim_workdir(run.workdir, run.asked, run.label_map)
+    _claim(run.workdir, run.asked, run.label_map)
     _announce(run)
     state = init_state(run.config, run.model, run.optimizer, run.mesh, run.initial)
     checkpoints = Checkpoints(run.workdir, run.config.keep_checkpoints)
@@ -300,11 +354,16 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
     step = make_train_step(config, run.model, run.optimizer, run.mesh, from_device_data, at_once)
     batches = _batches(run, first_step)
     schedule = optim.learning_rate_schedule(config.optim, last_step)
-    log = TrainingLog(workdir, first_step, last_step, config.train.batch_size, progress["interval"])
+    log = TrainingLog(workdir, first_step, last_step, config.train.batch_size, progress["interval"],
+                      quiet=jax.process_index() > 0)
+    any_stop = parallel.make_any_stop(run.mesh)
     in_flight = collections.deque()
+    told_to_stop = 0  # by any process: every process knows it after the same step
 
     def finish_oldest():
-        done, metrics = in_flight.popleft()
+        nonlocal told_to_stop
+        done, metrics, stop_number = in_flight.popleft()
+        told_to_stop = told_to_stop or int(stop_number)
         metrics = {name: np.atleast_1d(values).tolist() for name, values in jax.device_get(metrics).items()}
         _refuse_non_finite(done - at_once + 1, metrics, checkpoints)
         log.add(done, metrics)
@@ -315,18 +374,20 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
         try:
             for done in range(first_step + at_once, last_step + 1, at_once):
                 state, metrics = step(state, next(batches))
-                in_flight.append((done, metrics))
+                in_flight.append((done, metrics, any_stop(stop.requested or 0)))
                 while len(in_flight) > DISPATCHES_AHEAD:
                     finish_oldest()
-                if done % config.checkpoint_every == 0 or done == last_step or stop.requested:
+                if jax.process_count() == 1:  # need not wait to hear it from others
+                    told_to_stop = stop.requested
+                if done % config.checkpoint_every == 0 or done == last_step or told_to_stop:
                     while in_flight:  # nothing is saved before it is known to be finite
                         finish_oldest()
                     checkpoints.save(done, state, {"interval": log.interval()})
-                if stop.requested and done < last_step:
+                if told_to_stop and done < last_step:
                     checkpoints.wait()
-                    print(f"stopped by {stop.requested.name} after step {done}, which is saved; "
+                    print(f"stopped by {signal.Signals(told_to_stop).name} after step {done}, which is saved; "
                           "the same command goes on", flush=True)
-                    raise SystemExit(128 + stop.requested)
+                    raise SystemExit(128 + told_to_stop)
             checkpoints.wait()
         finally:
             log.close()
@@ -341,8 +402,10 @@ def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
         while True:
             yield placed
     rows = parallel.process_slice(train.batch_size)
-    indices, to_decode = itertools.tee(batch[rows] for batch in sampling.training_batches(
-        run.config.seed, first_step, train.steps, len(images), train.batch_size))
+    indices, to_decode = itertools.tee(
+        sampling.device_rows(batch, run.mesh.size, train.accumulation_steps).reshape(-1)[rows]
+        for batch in sampling.training_batches(
+            run.config.seed, first_step, train.steps, len(images), train.batch_size))
     decoded = input_pipeline.decode_batches(images, to_decode, data.height, data.width)
     for batch, batch_images in zip(indices, decoded, strict=True):
         yield parallel.shard_batch((batch_images, labels[batch].astype(np.int32)), run.mesh)
@@ -404,9 +467,11 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
 
 
 def _write_results(workdir: Path, rows: list[dict[str, Any]], source: dict[str, Any]) -> None:
-    if jax.process_index() == 0:
+    def write():
         write_atomically(workdir / RESULTS, json.dumps({"rows": rows, "provenance": source}, indent=1))
         print(f"results in {workdir / RESULTS}", flush=True)
+
+    parallel.together(lambda: write() if jax.process_index() == 0 else None)
 
 
 def _collect_trials(workdir: Path, source: dict[str, Any]) -> list[dict[str, Any]]:

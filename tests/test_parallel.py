@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jlml_jax import parallel
+from jlml_jax import parallel, sampling
 from jlml_jax.errors import UserError
 
 
@@ -37,3 +37,27 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(batch_size):
     with pytest.raises(UserError, match=rf"train.batch_size={batch_size} does not divide over 4 devices"):
         parallel.check_batch_size(batch_size, parallel.make_mesh(), "train.batch_size")
     parallel.check_batch_size(8, parallel.make_mesh(), "train.batch_size")
+
+
+def test_devices_lie_by_process_whatever_their_order():
+    """Or a process's rows would not be those that its devices hold."""
+    devices = jax.devices()
+    assert list(parallel.make_mesh([devices[index] for index in (2, 0, 3, 1)]).devices) == devices
+
+
+def test_what_is_started_alone_agrees_with_itself():
+    assert parallel.all_of({"a": 1}) == [{"a": 1}]
+    assert parallel.first_then_others(lambda: 3) == 3
+    parallel.refuse_differing({"a": 1})
+    with pytest.raises(UserError, match="^no such file$"):
+        parallel.together(lambda: (_ for _ in ()).throw(UserError("no such file")))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_part_of_a_batch_holds_the_same_rows_on_any_number_of_devices(parts):
+    batch = np.arange(16)
+    for devices in (1, 2, 4):
+        by_device = sampling.device_rows(batch, devices, parts)
+        assert by_device.shape == (devices, 16 // devices)
+        of_parts = by_device.reshape(devices, parts, -1).swapaxes(0, 1).reshape(parts, -1)
+        np.testing.assert_array_equal(of_parts, batch.reshape(parts, -1))

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jlml_jax import models, optim, parallel, protocols, train
+from jlml_jax import device_data, models, optim, parallel, protocols, sampling, train
 from jlml_jax.checkpoints import Checkpoints, load_run
 from jlml_jax.device_data import place
 from jlml_jax.errors import UserError
@@ -362,3 +363,65 @@ def test_training_and_evaluation_need_no_tensorflow(tiny_config, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     probe = subprocess.run([sys.executable, "-c", NO_TENSORFLOW + "import tensorflow"], capture_output=True, text=True)
     assert "No module named 'tensorflow'" in probe.stderr  # the block blocks
+
+
+def test_accumulated_gradients_are_the_mean_of_the_parts(smooth_config):
+    """Against the two halves of the batch, each a step of its own from the same weights.
+
+    SGD without momentum moves the weights along the gradient, so that the step says what it was. The second part's
+    running statistics start from those that the first one left.
+    """
+    smooth_config.optim.momentum, smooth_config.optim.learning_rate = 0.0, 1.0
+    smooth_config.augment.flip, smooth_config.augment.crop_padding = False, 0
+    parts = Parts(smooth_config, 1)
+    indices = np.asarray(sampling.batch_indices(smooth_config.seed, 0, len(parts.data.labels), 8))
+    start = jax.device_get(parts.state)
+
+    def one_step(rows, batch_stats, accumulation_steps):
+        smooth_config.train.accumulation_steps = accumulation_steps
+        step = train.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=False)
+        state = parallel.replicate(dataclasses.replace(start, batch_stats=batch_stats), parts.mesh)
+        batch = np.asarray(parts.data.images)[rows], np.asarray(parts.data.labels)[rows]
+        state, metrics = jax.device_get(step(state, parallel.shard_batch(batch, parts.mesh)))
+        return jax.tree.map(np.subtract, start.params, state.params), state.batch_stats, metrics
+
+    gradient, stats, metrics = one_step(indices, start.batch_stats, 2)
+    first, first_stats, first_metrics = one_step(indices[:4], start.batch_stats, 1)
+    second, second_stats, second_metrics = one_step(indices[4:], first_stats, 1)
+    assert_close_trees(jax.tree.map(lambda a, b: (a + b) / 2, first, second), gradient)
+    assert_close_trees(second_stats, stats)
+    assert metrics["loss"] == pytest.approx((first_metrics["loss"] + second_metrics["loss"]) / 2, rel=1e-5)
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
+    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)  # of the mean, not the norms' mean
+
+
+def test_the_parts_of_a_batch_do_not_depend_on_the_devices(smooth_config):
+    smooth_config.train.accumulation_steps = 2
+    (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)
+    for a, b in zip(one_metrics, four_metrics, strict=True):
+        assert_close_trees(a, b)
+    assert_close_trees(one, four)
+
+
+def test_both_loaders_take_the_same_parts(tiny_config, tmp_path):
+    parts = Parts(tiny_config, 4)
+    tiny_config.data.loader, tiny_config.train.accumulation_steps = "tf_data", 2
+    draw = functools.partial(device_data.draw, seed=tiny_config.seed, step=0, batch_size=8,
+                             axis_name=parallel.BATCH_AXIS, parts=2)
+    _, drawn = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
+                                     out_specs=PartitionSpec(parallel.BATCH_AXIS), check_vma=False))(parts.data)
+    run = train._check_run(tiny_config, tmp_path, parts.protocol, [], parts.mesh, "train", {})
+    _, labels = next(train._batches(run, 0))
+    np.testing.assert_array_equal(labels, drawn)
+    in_order = parts.protocol.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8)]
+    assert labels.tolist() != in_order.tolist()  # device by device, not part by part
+
+
+@pytest.mark.parametrize(("parts", "message"), [
+    (0, "train.accumulation_steps=0 is less than 1"),
+    (4, r"train.batch_size=8 does not divide over 4 devices in train.accumulation_steps=4 parts; use a multiple of 16"),
+])
+def test_parts_that_the_batch_does_not_divide_into_are_refused(tiny_config, tmp_path, parts, message):
+    tiny_config.train.accumulation_steps = parts
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(tiny_config, tmp_path / "run")
