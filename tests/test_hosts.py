@@ -31,8 +31,8 @@ def start(workdir, *arguments, data_dir, devices=2, **environment):
          "--config.data.width=16", "--config.model.num_strips=1", "--config.model.depth=1",
          "--config.model.stem_features=4", "--config.model.global_widths=(4,)", "--config.model.local_widths=(4,)",
          "--config.model.global_feature_dim=8", "--config.model.local_feature_dim=8",
-         "--config.optim.learning_rate=0.0002", "--config.train.steps=200", "--config.train.batch_size=8",
-         "--config.evaluate.batch_size=16", "--config.log_every=8", "--config.checkpoint_every=100",
+         "--config.optim.learning_rate=0.0002", "--config.train.steps=40", "--config.train.batch_size=8",
+         "--config.evaluate.batch_size=16", "--config.log_every=4", "--config.checkpoint_every=20",
          "--config.compilation_cache=", *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
                           "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment,
@@ -123,7 +123,7 @@ def keep_only(run, step):
 
 
 def test_two_processes_compute_what_one_does(runs):
-    assert [line["step"] for line in lines_of(runs / "two")] == list(range(8, 201, 8))
+    assert [line["step"] for line in lines_of(runs / "two")] == list(range(4, 41, 4))
     assert lines_of(runs / "two")[0]["loss"] > 1.01 * lines_of(runs / "two")[-1]["loss"]  # or nothing was learned
     assert_close_runs(runs / "two", runs / "one")
     hardware = json.loads((runs / "two" / "results.json").read_text())["provenance"]["hardware"]
@@ -132,45 +132,47 @@ def test_two_processes_compute_what_one_does(runs):
 
 def test_only_the_first_process_tells_and_writes(runs):
     (first, _), (second, second_error) = json.loads((runs / "told.json").read_text())
-    assert "step 200/200" in first and "results in" in first and "Total Parameters" in first
-    kept = [line for line in (second + second_error).splitlines() if "[Gloo]" not in line]  # XLA's own, of CPUs alone
-    assert kept == []
+    assert "step 40/40" in first and "results in" in first and "Total Parameters" in first
+    # XLA's CPU collectives tell of themselves, in lines that may run into each other.
+    of_gloo = r"\[Gloo\] Rank \d is connected to \d peer ranks\. |Expected number of connected peer ranks is : \d"
+    assert re.sub(of_gloo, "", second + second_error).strip() == ""
     assert len(list((runs / "two").glob("events.*"))) == 1
 
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(runs, tmp_path, market1501_dir):
     for source in ("one", "two"):
         shutil.copytree(runs / source, tmp_path / source)
-        keep_only(tmp_path / source, 100)
+        keep_only(tmp_path / source, 20)
     hosts = Hosts(tmp_path / "one", data_dir=market1501_dir)
     one = start(tmp_path / "two", data_dir=market1501_dir, devices=4)
     (first, _), _ = hosts.finish(0, 0)
     output, error = one.communicate(timeout=TIMEOUT)
     assert one.returncode == 0, error
-    assert "resuming after step 100" in output and "resuming after step 100" in first
+    assert "resuming after step 20" in output and "resuming after step 20" in first
     assert_close_runs(tmp_path / "one", runs / "one")
     assert_close_runs(tmp_path / "two", runs / "two")
 
 
 def test_a_stop_of_one_process_stops_both_and_the_run_goes_on_to_the_same_bits(runs, tmp_path, market1501_dir):
     stopped = Hosts(tmp_path / "run", data_dir=market1501_dir)
-    stopped.send_after(tmp_path / "run" / "metrics.jsonl", '"step": 8,', signal.SIGTERM, process=1)
+    stopped.send_after(tmp_path / "run" / "metrics.jsonl", '"step": 4,', signal.SIGTERM, process=1)
     (output, _), _ = stopped.finish(143, 143)
     step = int(re.search(r"stopped by SIGTERM after step (\d+), which is saved", output)[1])
-    assert 8 <= step < 200 and load_run(tmp_path / "run").step == step
+    assert 4 <= step < 40 and load_run(tmp_path / "run").step == step
     (output, _), _ = Hosts(tmp_path / "run", data_dir=market1501_dir).finish(0, 0)
     assert f"resuming after step {step}" in output
     assert lines_of(tmp_path / "run") == lines_of(runs / "two")
     stopped, whole = weights_of(tmp_path / "run"), weights_of(runs / "two")
-    assert stopped.keys() == whole.keys() and stopped["step"] == 200
+    assert stopped.keys() == whole.keys() and stopped["step"] == 40
     for name in stopped:
         np.testing.assert_array_equal(stopped[name], whole[name], err_msg=name)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other(tmp_path, market1501_dir, killed):
+    """Within a minute, by JAX's heartbeats if not by a collective that fails."""
     hosts = Hosts(tmp_path / "run", "--config.train.steps=1000000", "--mode=train", data_dir=market1501_dir)
-    hosts.send_after(tmp_path / "run" / "metrics.jsonl", '"step": 8,', signal.SIGKILL, process=killed)
+    hosts.send_after(tmp_path / "run" / "metrics.jsonl", '"step": 4,', signal.SIGKILL, process=killed)
     other = hosts.processes[1 - killed]
     try:
         _, error = other.communicate(timeout=60)
