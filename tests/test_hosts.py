@@ -28,9 +28,9 @@ def start(workdir, *arguments, data_dir, devices=2, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "jlml_jax.main", f"--config={ROOT / 'configs' / 'market1501.py'}",
          f"--workdir={workdir}", f"--config.data.data_dir={data_dir}", "--config.data.height=32",
-         "--config.data.width=16", "--config.model.num_strips=1", "--config.model.depth=1",
-         "--config.model.stem_features=4", "--config.model.global_widths=(4,)", "--config.model.local_widths=(4,)",
-         "--config.model.global_feature_dim=8", "--config.model.local_feature_dim=8",
+         "--config.data.width=16", "--config.model.branches=global", "--config.model.depth=1",
+         "--config.model.stem_features=4", "--config.model.global_widths=(4,)",
+         "--config.model.global_feature_dim=8",
          "--config.optim.learning_rate=0.0002", "--config.train.steps=40", "--config.train.batch_size=8",
          "--config.evaluate.batch_size=16", "--config.log_every=4", "--config.checkpoint_every=20",
          "--config.compilation_cache=", *arguments],
