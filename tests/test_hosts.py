@@ -35,6 +35,7 @@ def start(workdir, *arguments, data_dir, devices=2, **environment):
          "--config.evaluate.batch_size=16", "--config.log_every=4", "--config.checkpoint_every=20",
          "--config.compilation_cache=", *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                           "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
