@@ -140,6 +140,7 @@ def test_only_the_first_process_tells_and_writes(runs):
     assert len(list((runs / "two").glob("events.*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(runs, tmp_path, market1501_dir):
     for source in ("one", "two"):
         shutil.copytree(runs / source, tmp_path / source)
@@ -154,6 +155,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(ru
     assert_close_runs(tmp_path / "two", runs / "two")
 
 
+@pytest.mark.slow
 def test_a_stop_of_one_process_stops_both_and_the_run_goes_on_to_the_same_bits(runs, tmp_path, market1501_dir):
     stopped = Hosts(tmp_path / "run", data_dir=market1501_dir)
     stopped.send_after(tmp_path / "run" / "metrics.jsonl", '"step": 4,', signal.SIGTERM, process=1)
@@ -169,6 +171,7 @@ def test_a_stop_of_one_process_stops_both_and_the_run_goes_on_to_the_same_bits(r
         np.testing.assert_array_equal(stopped[name], whole[name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other(tmp_path, market1501_dir, killed):
     """Within a minute, by JAX's heartbeats if not by a collective that fails."""
@@ -201,12 +204,14 @@ def test_a_refusal_of_the_first_process_ends_all(tmp_path, market1501_dir):
         assert error.startswith("error: process 0 of 2: ") and "no config.json, so it is not a run's folder" in error
 
 
+@pytest.mark.slow
 def test_processes_with_unequal_devices_are_refused(tmp_path, market1501_dir):
     told = Hosts(tmp_path / "run", devices=(2, 1), data_dir=market1501_dir).finish(2, 2)
     for error in errors_of(told):
         assert "must have equally many devices, but there are 2 in process 0, 1 in process 1" in error
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_does_not_answer_ends_in_one_line(tmp_path, market1501_dir):
     """Either process alone, the one that listens and the one that calls."""
     alone = [start(tmp_path / "run", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2",
@@ -256,6 +261,7 @@ def test_a_slurm_task_that_has_its_node_alone_has_all_its_gpus(environment, ids)
     assert parallel._slurm_device_ids(environment) == ids
 
 
+@pytest.mark.slow
 def test_a_slurm_job_of_two_tasks_joins_by_itself(tmp_path, market1501_dir):
     """As srun starts them; the batch is refused once both have joined, which ends the test soon."""
     port = free_port()
