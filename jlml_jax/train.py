@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jlml_jax import (
-    augment,
     device_data,
     evaluate,
     input_pipeline,
-    losses,
     optim,
     parallel,
     pictures,
@@ -50,13 +47,12 @@ from jlml_jax.checkpoints import (
     write_atomically,
 )
 from jlml_jax.datasets.base import Split
-from jlml_jax.device_data import DeviceData
 from jlml_jax.errors import UserError
 from jlml_jax.logs import TrainingLog
-from jlml_jax.models import build_model, check_input_size, init_variables, is_identity_layer
-from jlml_jax.parallel import BATCH_AXIS
+from jlml_jax.models import build_model, check_input_size, init_variables
 from jlml_jax.protocols import Trial, namespace
 from jlml_jax.stopping import StopRequest
+from jlml_jax.train_step import Batch, TrainState, init_state, make_train_step, steps_per_dispatch
 
 MODES = ("train_and_evaluate", "train", "evaluate")
 RESULTS = "results.json"
@@ -64,114 +60,6 @@ PAPER_DATASETS = ("cuhk03", "grid", "market1501", "viper")
 
 # Dispatches given to the device before the oldest one's metrics are fetched: it never waits for the host.
 DISPATCHES_AHEAD = 2
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that a step reads and writes; `step` counts the steps done."""
-
-    step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-
-
-Batch = DeviceData | tuple[jax.Array, jax.Array]  # a data set to draw from, or this device's (images, labels)
-
-
-def init_state(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,
-               mesh: Mesh, initial: SavedRun | None = None) -> TrainState:
-    """The state before the first step, replicated over the mesh; all but the identity layers from `initial`."""
-    variables = init_variables(model, config.seed, config.data.height, config.data.width)
-    if initial:
-        taken = {name: layer for name, layer in initial.variables["params"].items() if not is_identity_layer(name)}
-        variables = {"params": variables["params"] | taken, "batch_stats": initial.variables["batch_stats"]}
-    state = TrainState(np.zeros((), np.int32), variables["params"], variables["batch_stats"],
-                       optimizer.init(variables["params"]))
-    return parallel.replicate(state, mesh)
-
-
-def train_step(state: TrainState, batch: Batch, *, model: nn.Module, optimizer: optax.GradientTransformation,
-               config: ml_collections.ConfigDict) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of one device, under the named axis "batch": the same under `shard_map` and under `pmap`.
-
-    With `config.train.accumulation_steps` k > 1 the batch is taken in k parts: gradients and metrics are their means,
-    BN normalises each part by that part's statistics (over all devices), and updates the running ones k times.
-
-    Returns the next state and the step's metrics (scalars), both the same on every device.
-    """
-    parts = config.train.accumulation_steps
-    if isinstance(batch, DeviceData):
-        images, labels = device_data.draw(batch, config.seed, state.step, config.train.batch_size, BATCH_AXIS, parts)
-    else:
-        images, labels = batch
-    key = augment.step_key(config.seed, state.step)
-    images = augment.augment(key, images, config.augment, BATCH_AXIS, parts)
-
-    def part_gradients(batch_stats, part):
-        part_images, part_labels = augment.normalise(part[0], config.data), part[1]
-
-        def loss_of(params):
-            outputs, updates = model.apply({"params": params, "batch_stats": batch_stats}, part_images, train=True,
-                                           mutable=["batch_stats"])
-            loss, terms = losses.jlml_loss(outputs, params, part_labels, num_strips=config.model.num_strips,
-                                           **config.loss)
-            return loss, (terms, updates["batch_stats"])
-
-        gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
-        return batch_stats, (gradients, metrics)
-
-    batch_stats, means = _accumulate(part_gradients, state.batch_stats, (images, labels), parts)
-    gradients, metrics = jax.lax.pmean(means, BATCH_AXIS)
-    metrics["gradient_norm"] = optax.tree.norm(gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
-
-
-def _accumulate(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, parts: int) -> tuple[Any, Any]:
-    """`function` (carry, part of the rows) -> (carry, values), over all parts in order; the values' mean."""
-    if parts == 1:
-        return function(carry, rows)
-    rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
-
-    def add(carry_and_sum, part):
-        carry, values = function(carry_and_sum[0], part)
-        return (carry, jax.tree.map(jnp.add, carry_and_sum[1], values)), None
-
-    _, values = jax.eval_shape(function, carry, jax.tree.map(lambda x: x[0], rows))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), values)
-    (carry, total), _ = jax.lax.scan(add, (carry, zeros), rows)
-    return carry, jax.tree.map(lambda x: x / parts, total)
-
-
-def make_train_step(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,
-                    mesh: Mesh, from_device_data: bool, num_steps: int = 1):
-    """The compiled step over the mesh: (state, donated; DeviceData or a sharded batch) -> (state, metrics).
-
-    With `num_steps` > 1, for DeviceData alone, that many steps in one dispatch, the metrics [num_steps].
-    """
-    step = functools.partial(train_step, model=model, optimizer=optimizer, config=config)
-
-    def steps(state, data):
-        return jax.lax.scan(lambda state, _: step(state, data), state, length=num_steps)
-
-    batch_spec = PartitionSpec() if from_device_data else PartitionSpec(BATCH_AXIS)
-    # check_vma=False: gradients of replicated parameters stay per device until the pmean, as under pmap.
-    return jax.jit(
-        jax.shard_map(steps if num_steps > 1 else step, mesh=mesh, in_specs=(PartitionSpec(), batch_spec),
-                      out_specs=(PartitionSpec(), PartitionSpec()), check_vma=False),
-        donate_argnums=0)
-
-
-def steps_per_dispatch(config: ml_collections.ConfigDict, first_step: int) -> int:
-    """How many steps the device takes at a time, so that reports, checkpoints and the end fall between dispatches."""
-    if config.data.loader != "device":
-        return 1
-    # A CPU gains nothing, as a step takes it far longer than a dispatch.
-    most = config.train.steps_per_dispatch or (1 if jax.default_backend() == "cpu" else 25)
-    common = math.gcd(config.log_every, config.checkpoint_every, config.train.steps, first_step)
-    return max(number for number in range(1, most + 1) if common % number == 0)
 
 
 def print_model(model: nn.Module, config: ml_collections.ConfigDict) -> None:

@@ -9,7 +9,7 @@ from market1501_miniature import write_market1501
 from miniatures import write_cuhk03, write_grid, write_viper
 from tiny_imagenet_miniature import write_tiny_imagenet
 
-from jlml_jax import datasets, models, optim, parallel, protocols, train
+from jlml_jax import datasets, models, optim, parallel, protocols, train_step
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import Grid
@@ -80,7 +80,7 @@ def first_state(config, trial):
     """The state before the first step."""
     model = models.build_model(config, len(trial.identities()))
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
-    return train.init_state(config, model, optimizer, parallel.make_mesh(), load_run(config.init_from))
+    return train_step.init_state(config, model, optimizer, parallel.make_mesh(), load_run(config.init_from))
 
 
 def assert_taken_over(parent, params, batch_stats):

@@ -17,7 +17,7 @@ from jlml_jax.checkpoints import Checkpoints, claim_workdir, load_run
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError
 from jlml_jax.models import build_model, init_variables, is_identity_layer
-from jlml_jax.train import TrainState
+from jlml_jax.train_step import TrainState
 
 
 def write_run(workdir, config):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jlml_jax import device_data, models, optim, parallel, protocols, sampling, train
+from jlml_jax import device_data, models, optim, parallel, protocols, sampling, train, train_step
 from jlml_jax.checkpoints import Checkpoints, load_run
 from jlml_jax.device_data import place
 from jlml_jax.errors import UserError
@@ -34,7 +34,7 @@ def final_state(config, workdir):
     protocol = protocols.load(config.data.name, config.data).trial(0)
     model = models.build_model(config, len(protocol.identities()))
     mesh = parallel.make_mesh(jax.devices()[:1])
-    state = train.init_state(config, model, optim.make_optimizer(config.optim, config.train.steps), mesh)
+    state = train_step.init_state(config, model, optim.make_optimizer(config.optim, config.train.steps), mesh)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     state, _ = checkpoints.restore(state)
     checkpoints.close()
@@ -59,12 +59,12 @@ class Parts:
         self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
         self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
                           self.mesh)
-        self.state = train.init_state(config, self.model, self.optimizer, self.mesh)
+        self.state = train_step.init_state(config, self.model, self.optimizer, self.mesh)
 
 
 def run_steps(config, count, steps=3):
     parts = Parts(config, count)
-    step = train.make_train_step(config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
+    step = train_step.make_train_step(config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
     state, metrics = parts.state, []
     for _ in range(steps):
         state, values = step(state, parts.data)
@@ -100,7 +100,7 @@ def test_four_devices_compute_what_one_does(smooth_config):
 
 def test_the_step_runs_under_pmap_to_the_same_numbers(smooth_config):
     parts = Parts(smooth_config, 4)
-    step = functools.partial(train.train_step, model=parts.model, optimizer=parts.optimizer, config=smooth_config)
+    step = functools.partial(train_step.train_step, model=parts.model, optimizer=parts.optimizer, config=smooth_config)
     pmapped = jax.pmap(step, axis_name=parallel.BATCH_AXIS, in_axes=(0, None), devices=jax.devices()[:4])
     host_state, host_data = jax.device_get((parts.state, parts.data))
     state = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (4, *np.shape(leaf))), host_state)
@@ -123,7 +123,7 @@ def test_batch_statistics_are_those_of_the_whole_batch(smooth_config):
 
 def test_state_is_donated_and_stays_replicated(smooth_config):
     parts = Parts(smooth_config, 4)
-    step = train.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
+    step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
     after, _ = step(parts.state, parts.data)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(parts.state))
     assert all(leaf.sharding.spec == PartitionSpec() and len(leaf.sharding.device_set) == 4
@@ -145,9 +145,9 @@ def test_reports_checkpoints_and_the_end_fall_between_dispatches(tiny_config, fi
     tiny_config.data.loader = "device"
     tiny_config.train.steps, tiny_config.log_every, tiny_config.checkpoint_every = 18, 6, 12
     tiny_config.train.steps_per_dispatch = most
-    assert train.steps_per_dispatch(tiny_config, first_step) == at_once
+    assert train_step.steps_per_dispatch(tiny_config, first_step) == at_once
     tiny_config.data.loader = "tf_data"
-    assert train.steps_per_dispatch(tiny_config, first_step) == 1
+    assert train_step.steps_per_dispatch(tiny_config, first_step) == 1
 
 
 def test_both_loaders_train_alike(smooth_config, tmp_path):
@@ -379,7 +379,8 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(smooth_config):
 
     def one_step(rows, batch_stats, accumulation_steps):
         smooth_config.train.accumulation_steps = accumulation_steps
-        step = train.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=False)
+        step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh,
+                                          from_device_data=False)
         state = parallel.replicate(dataclasses.replace(start, batch_stats=batch_stats), parts.mesh)
         batch = np.asarray(parts.data.images)[rows], np.asarray(parts.data.labels)[rows]
         state, metrics = jax.device_get(step(state, parallel.shard_batch(batch, parts.mesh)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import default
 from experiments.bench.timing import ratio_of
-from jlml_jax import models, optim, parallel, train
+from jlml_jax import models, optim, parallel, train_step
 from jlml_jax.device_data import DeviceData
 
 NUM_IDENTITIES = 751  # Market-1501's
@@ -68,10 +68,10 @@ def bench_train(height: int, width: int, batch_size: int, repeats: int) -> dict:
     plain_layers = mock.patch.multiple(models, Conv=PlainConv, BatchNorm=PlainBatchNorm)
     steps, states, compile_seconds = {}, {}, {}
     for name, model, layers in (("ours", ours, contextlib.nullcontext()), ("plain", plain, plain_layers)):
-        state = train.init_state(config, model, optimizer, mesh)
+        state = train_step.init_state(config, model, optimizer, mesh)
         start = time.perf_counter()
         with layers:
-            step = train.make_train_step(config, model, optimizer, mesh, from_device_data=True)
+            step = train_step.make_train_step(config, model, optimizer, mesh, from_device_data=True)
             steps[name] = step.lower(state, data).compile()
         compile_seconds[name] = time.perf_counter() - start
         states[name] = state

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from jlml_jax import evaluate, models, optim, parallel, protocols, train
+from jlml_jax import evaluate, models, optim, parallel, protocols, train, train_step
 from jlml_jax.device_data import DeviceData
 
 _WARM_UP, _MEASURED = 2, 6  # steps
@@ -45,8 +45,8 @@ def estimate(config: ml_collections.ConfigDict) -> Estimate:
 
     started = time.perf_counter()
     from_device_data = train.choose_loader(config, len(trial.train), mesh) == "device"
-    step = train.make_train_step(config, model, optimizer, mesh, from_device_data)
-    state = train.init_state(config, model, optimizer, mesh)
+    step = train_step.make_train_step(config, model, optimizer, mesh, from_device_data)
+    state = train_step.init_state(config, model, optimizer, mesh)
     batch = _black(len(trial.train) if from_device_data else config.train.batch_size, config)
     batch = parallel.replicate(DeviceData(*batch), mesh) if from_device_data else parallel.shard_batch(batch, mesh)
     state, _ = jax.block_until_ready(step(state, batch))
