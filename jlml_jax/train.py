@@ -123,6 +123,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     code = {field: source[field] for field in ("commit", "source_sha256", "versions")}
     parallel.refuse_differing(flatten({"config": json.loads(config.to_json())} | code)
                               | {"--workdir": str(workdir), "--mode": mode})
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed} is not a whole number from 0 to {2**32 - 1}")
     if config.train.accumulation_steps < 1:
         raise UserError(f"train.accumulation_steps={config.train.accumulation_steps} is less than 1")
     parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.accumulation_steps)
@@ -240,7 +242,7 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
     from_device_data = config.data.loader == "device"
     at_once = steps_per_dispatch(config, first_step)
     step = make_train_step(config, run.model, run.optimizer, run.mesh, from_device_data, at_once)
-    batches = _batches(run, first_step)
+    batches, seed = _batches(run, first_step), parallel.replicate(np.uint32(config.seed), run.mesh)
     schedule = optim.learning_rate_schedule(config.optim, last_step)
     log = TrainingLog(workdir, first_step, last_step, config.train.batch_size, progress["interval"],
                       quiet=jax.process_index() > 0)
@@ -261,7 +263,7 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
     with StopRequest() as stop:
         try:
             for done in range(first_step + at_once, last_step + 1, at_once):
-                state, metrics = step(state, next(batches))
+                state, metrics = step(state, next(batches), seed)
                 in_flight.append((done, metrics, any_stop(stop.requested or 0)))
                 while len(in_flight) > DISPATCHES_AHEAD:
                     finish_oldest()

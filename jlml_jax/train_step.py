@@ -46,8 +46,9 @@ def init_state(config: ml_collections.ConfigDict, model: nn.Module, optimizer: o
     return parallel.replicate(state, mesh)
 
 
-def train_step(state: TrainState, batch: Batch, *, model: nn.Module, optimizer: optax.GradientTransformation,
-               config: ml_collections.ConfigDict) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model: nn.Module,
+               optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
+               ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of one device, under the named axis "batch": the same under `shard_map` and under `pmap`.
 
     With `config.train.accumulation_steps` k > 1 the batch is taken in k parts: gradients and metrics are their means,
@@ -57,10 +58,10 @@ def train_step(state: TrainState, batch: Batch, *, model: nn.Module, optimizer: 
     """
     parts = config.train.accumulation_steps
     if isinstance(batch, DeviceData):
-        images, labels = device_data.draw(batch, config.seed, state.step, config.train.batch_size, BATCH_AXIS, parts)
+        images, labels = device_data.draw(batch, seed, state.step, config.train.batch_size, BATCH_AXIS, parts)
     else:
         images, labels = batch
-    key = augment.step_key(config.seed, state.step)
+    key = augment.step_key(seed, state.step)
     images = augment.augment(key, images, config.augment, BATCH_AXIS, parts)
 
     def part_gradients(batch_stats, part):
@@ -102,19 +103,22 @@ def _accumulate(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, row
 
 def make_train_step(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,
                     mesh: Mesh, from_device_data: bool, num_steps: int = 1):
-    """The compiled step over the mesh: (state, donated; DeviceData or a sharded batch) -> (state, metrics).
+    """The compiled step over the mesh: (state, donated; DeviceData or a sharded batch; seed) -> (state, metrics).
+
+    The seed, of sampling and augmentation, is an argument so that all seeds are one program, compiled once.
 
     With `num_steps` > 1, for DeviceData alone, that many steps in one dispatch, the metrics [num_steps].
     """
     step = functools.partial(train_step, model=model, optimizer=optimizer, config=config)
 
-    def steps(state, data):
-        return jax.lax.scan(lambda state, _: step(state, data), state, length=num_steps)
+    def steps(state, data, seed):
+        return jax.lax.scan(lambda state, _: step(state, data, seed), state, length=num_steps)
 
     batch_spec = PartitionSpec() if from_device_data else PartitionSpec(BATCH_AXIS)
     # check_vma=False: gradients of replicated parameters stay per device until the pmean, as under pmap.
     return jax.jit(
-        jax.shard_map(steps if num_steps > 1 else step, mesh=mesh, in_specs=(PartitionSpec(), batch_spec),
+        jax.shard_map(steps if num_steps > 1 else step, mesh=mesh,
+                      in_specs=(PartitionSpec(), batch_spec, PartitionSpec()),
                       out_specs=(PartitionSpec(), PartitionSpec()), check_vma=False),
         donate_argnums=0)
 

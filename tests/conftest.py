@@ -63,6 +63,14 @@ def tiny_config(market1501_dir):
     return make_tiny_config(market1501_dir)
 
 
+@pytest.fixture
+def smooth_config(tiny_config):
+    """Learns slowly, so that rounding does not grow over the steps compared."""
+    tiny_config.optim.learning_rate = 1e-3
+    tiny_config.augment.crop_padding = 2
+    return tiny_config
+
+
 @pytest.fixture(scope="session")
 def tiny_run(market1501_dir, tmp_path_factory):
     """The folder of a trained run, to be read only: that of `tiny_config`, whose features are of 16 + 16."""

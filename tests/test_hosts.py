@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import lines_of
+from runs import lines_of
 
 from jlml_jax import parallel
 from jlml_jax.checkpoints import load_run

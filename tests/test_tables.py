@@ -305,7 +305,9 @@ def test_estimate(arguments):
     config = command._parse_config(["tables", *arguments[1:]], DATASET)
     found = timing.estimate(config)
     assert found.trials == 1 and found.compilation > 10 * found.step > 0
-    assert found.run(1_000) == pytest.approx(found.compilation + 1_000 * found.step + found.evaluation)
+    again = found.run(1_000, compiled=True)
+    assert again == pytest.approx(1_000 * found.step + found.evaluation)
+    assert found.run(1_000, compiled=False) == pytest.approx(found.compilation + again)
 
 
 # --- Several seeds, several trials

@@ -1,5 +1,3 @@
-import dataclasses
-import functools
 import json
 import os
 import signal
@@ -11,123 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from runs import assert_close_trees, assert_same_run, final_state, lines_of
 
-from jlml_jax import device_data, models, optim, parallel, protocols, sampling, train, train_step
-from jlml_jax.checkpoints import Checkpoints, load_run
-from jlml_jax.device_data import place
+from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
-from jlml_jax.logs import TIME_FIELDS
 from jlml_jax.train import train_and_evaluate
 
 ROOT = Path(__file__).parents[1]
-
-
-def lines_of(workdir):
-    """metrics.jsonl without the fields that say how long things took."""
-    return [{key: value for key, value in json.loads(line).items() if key not in TIME_FIELDS}
-            for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def final_state(config, workdir):
-    """The arrays of the run's last checkpoint, by path."""
-    protocol = protocols.load(config.data.name, config.data).trial(0)
-    model = models.build_model(config, len(protocol.identities()))
-    mesh = parallel.make_mesh(jax.devices()[:1])
-    state = train_step.init_state(config, model, optim.make_optimizer(config.optim, config.train.steps), mesh)
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    state, _ = checkpoints.restore(state)
-    checkpoints.close()
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def assert_same_run(config, a, b):
-    assert lines_of(a) == lines_of(b)
-    left, right = final_state(config, a), final_state(config, b)
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
-
-
-class Parts:
-    """What a step needs, on the first `count` devices."""
-
-    def __init__(self, config, count):
-        self.config, self.mesh = config, parallel.make_mesh(jax.devices()[:count])
-        self.protocol = protocols.load(config.data.name, config.data).trial(0)
-        self.model = models.build_model(config, len(self.protocol.identities()))
-        self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
-        self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
-                          self.mesh)
-        self.state = train_step.init_state(config, self.model, self.optimizer, self.mesh)
-
-
-def run_steps(config, count, steps=3):
-    parts = Parts(config, count)
-    step = train_step.make_train_step(config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
-    state, metrics = parts.state, []
-    for _ in range(steps):
-        state, values = step(state, parts.data)
-        metrics.append(jax.device_get(values))
-    return jax.device_get(state), metrics
-
-
-def assert_close_trees(a, b, tolerance=1e-3):
-    """Every array agrees to `tolerance` of its largest value: a sum in another order rounds otherwise, and BN on
-    small maps magnifies that; a sum over the wrong images would be off by half and more."""
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        scale = max(np.abs(x).max(), 1e-2)
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
-
-
-@pytest.fixture
-def smooth_config(tiny_config):
-    """Learns slowly, so that rounding does not grow over the steps compared."""
-    tiny_config.optim.learning_rate = 1e-3
-    tiny_config.augment.crop_padding = 2
-    return tiny_config
-
-
-def test_four_devices_compute_what_one_does(smooth_config):
-    (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)
-    for a, b in zip(one_metrics, four_metrics, strict=True):
-        assert_close_trees(a, b)
-    assert_close_trees(one, four)
-    moved = [np.abs(b - a).max() for a, b in zip(
-        jax.tree.leaves(Parts(smooth_config, 1).state.params), jax.tree.leaves(four.params), strict=True)]
-    assert max(moved) > 1e-3  # or the comparison would say nothing
-
-
-def test_the_step_runs_under_pmap_to_the_same_numbers(smooth_config):
-    parts = Parts(smooth_config, 4)
-    step = functools.partial(train_step.train_step, model=parts.model, optimizer=parts.optimizer, config=smooth_config)
-    pmapped = jax.pmap(step, axis_name=parallel.BATCH_AXIS, in_axes=(0, None), devices=jax.devices()[:4])
-    host_state, host_data = jax.device_get((parts.state, parts.data))
-    state = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (4, *np.shape(leaf))), host_state)
-    for _ in range(3):
-        state, metrics = pmapped(state, host_data)
-    mapped_state, mapped_metrics = run_steps(smooth_config, 4)
-    for device in range(4):
-        take = functools.partial(jax.tree.map, lambda leaf, device=device: np.asarray(leaf)[device])
-        assert_close_trees(take(metrics), mapped_metrics[-1])
-        assert_close_trees(take(state), mapped_state)
-
-
-def test_batch_statistics_are_those_of_the_whole_batch(smooth_config):
-    """Without synchronised BN the running statistics of the stem would be one device's."""
-    (one, _), (four, _) = run_steps(smooth_config, 1, steps=1), run_steps(smooth_config, 4, steps=1)
-    np.testing.assert_allclose(one.batch_stats["stem"]["norm"]["var"], four.batch_stats["stem"]["norm"]["var"],
-                               rtol=1e-5)
-    assert np.abs(one.batch_stats["stem"]["norm"]["mean"]).max() > 1e-4
-
-
-def test_state_is_donated_and_stays_replicated(smooth_config):
-    parts = Parts(smooth_config, 4)
-    step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
-    after, _ = step(parts.state, parts.data)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(parts.state))
-    assert all(leaf.sharding.spec == PartitionSpec() and len(leaf.sharding.device_set) == 4
-               for leaf in jax.tree.leaves(after))
 
 
 def test_several_steps_in_one_dispatch_are_the_same_steps(smooth_config, tmp_path):
@@ -138,16 +26,6 @@ def test_several_steps_in_one_dispatch_are_the_same_steps(smooth_config, tmp_pat
     for a, b in zip(lines_of(tmp_path / "1"), lines_of(tmp_path / "2"), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
     assert_close_trees(final_state(smooth_config, tmp_path / "1"), final_state(smooth_config, tmp_path / "2"))
-
-
-@pytest.mark.parametrize(("first_step", "most", "at_once"), [(0, 4, 3), (6, 4, 3), (4, 4, 2), (5, 4, 1), (0, 25, 6)])
-def test_reports_checkpoints_and_the_end_fall_between_dispatches(tiny_config, first_step, most, at_once):
-    tiny_config.data.loader = "device"
-    tiny_config.train.steps, tiny_config.log_every, tiny_config.checkpoint_every = 18, 6, 12
-    tiny_config.train.steps_per_dispatch = most
-    assert train_step.steps_per_dispatch(tiny_config, first_step) == at_once
-    tiny_config.data.loader = "tf_data"
-    assert train_step.steps_per_dispatch(tiny_config, first_step) == 1
 
 
 def test_both_loaders_train_alike(smooth_config, tmp_path):
@@ -315,6 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
     ("train.batch_size", 6, "train.batch_size=6 does not divide over 4 devices; use a multiple of 4, such as 4"),
     ("evaluate.batch_size", 3, "evaluate.batch_size=3 does not divide over 4 devices"),
     ("train.batch_size", 4000, "larger than the training set"),
+    ("seed", -1, "seed=-1 is not a whole number from 0 to 4294967295"),
     ("data.height", 30, "data.height=30: half of it does not divide by model.num_strips=2"),
     ("data.name", "market1502", "unknown data set 'market1502'"),
     ("data.trials", "1", "data.trials='1' is not among the trials, 0 to 0"),
@@ -363,59 +242,6 @@ def test_training_and_evaluation_need_no_tensorflow(tiny_config, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     probe = subprocess.run([sys.executable, "-c", NO_TENSORFLOW + "import tensorflow"], capture_output=True, text=True)
     assert "No module named 'tensorflow'" in probe.stderr  # the block blocks
-
-
-def test_accumulated_gradients_are_the_mean_of_the_parts(smooth_config):
-    """Against the two halves of the batch, each a step of its own from the same weights.
-
-    SGD without momentum moves the weights along the gradient, so that the step says what it was. The second part's
-    running statistics start from those that the first one left.
-    """
-    smooth_config.optim.momentum, smooth_config.optim.learning_rate = 0.0, 1.0
-    smooth_config.augment.flip, smooth_config.augment.crop_padding = False, 0
-    parts = Parts(smooth_config, 1)
-    indices = np.asarray(sampling.batch_indices(smooth_config.seed, 0, len(parts.data.labels), 8))
-    start = jax.device_get(parts.state)
-
-    def one_step(rows, batch_stats, accumulation_steps):
-        smooth_config.train.accumulation_steps = accumulation_steps
-        step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh,
-                                          from_device_data=False)
-        state = parallel.replicate(dataclasses.replace(start, batch_stats=batch_stats), parts.mesh)
-        batch = np.asarray(parts.data.images)[rows], np.asarray(parts.data.labels)[rows]
-        state, metrics = jax.device_get(step(state, parallel.shard_batch(batch, parts.mesh)))
-        return jax.tree.map(np.subtract, start.params, state.params), state.batch_stats, metrics
-
-    gradient, stats, metrics = one_step(indices, start.batch_stats, 2)
-    first, first_stats, first_metrics = one_step(indices[:4], start.batch_stats, 1)
-    second, second_stats, second_metrics = one_step(indices[4:], first_stats, 1)
-    assert_close_trees(jax.tree.map(lambda a, b: (a + b) / 2, first, second), gradient)
-    assert_close_trees(second_stats, stats)
-    assert metrics["loss"] == pytest.approx((first_metrics["loss"] + second_metrics["loss"]) / 2, rel=1e-5)
-    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
-    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)  # of the mean, not the norms' mean
-
-
-def test_the_parts_of_a_batch_do_not_depend_on_the_devices(smooth_config):
-    smooth_config.train.accumulation_steps = 2
-    (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)
-    for a, b in zip(one_metrics, four_metrics, strict=True):
-        assert_close_trees(a, b)
-    assert_close_trees(one, four)
-
-
-def test_both_loaders_take_the_same_parts(tiny_config, tmp_path):
-    parts = Parts(tiny_config, 4)
-    tiny_config.data.loader, tiny_config.train.accumulation_steps = "tf_data", 2
-    draw = functools.partial(device_data.draw, seed=tiny_config.seed, step=0, batch_size=8,
-                             axis_name=parallel.BATCH_AXIS, parts=2)
-    _, drawn = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
-                                     out_specs=PartitionSpec(parallel.BATCH_AXIS), check_vma=False))(parts.data)
-    run = train._check_run(tiny_config, tmp_path, parts.protocol, [], parts.mesh, "train", {})
-    _, labels = next(train._batches(run, 0))
-    np.testing.assert_array_equal(labels, drawn)
-    in_order = parts.protocol.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8)]
-    assert labels.tolist() != in_order.tolist()  # device by device, not part by part
 
 
 @pytest.mark.parametrize(("parts", "message"), [

@@ -63,6 +63,7 @@ def bench_train(height: int, width: int, batch_size: int, repeats: int) -> dict:
     rng = np.random.default_rng(0)
     data = parallel.replicate(DeviceData(rng.integers(0, 256, (2 * batch_size, height, width, 3), np.uint8),
                                          rng.integers(0, NUM_IDENTITIES, 2 * batch_size, np.int32)), mesh)
+    seed = parallel.replicate(np.uint32(config.seed), mesh)
     ours = models.build_model(config, NUM_IDENTITIES)
     plain = ours.clone(native=True)
     plain_layers = mock.patch.multiple(models, Conv=PlainConv, BatchNorm=PlainBatchNorm)
@@ -72,7 +73,7 @@ def bench_train(height: int, width: int, batch_size: int, repeats: int) -> dict:
         start = time.perf_counter()
         with layers:
             step = train_step.make_train_step(config, model, optimizer, mesh, from_device_data=True)
-            steps[name] = step.lower(state, data).compile()
+            steps[name] = step.lower(state, data, seed).compile()
         compile_seconds[name] = time.perf_counter() - start
         states[name] = state
     seconds = {name: [] for name in steps}
@@ -80,7 +81,7 @@ def bench_train(height: int, width: int, batch_size: int, repeats: int) -> dict:
     for _ in range(repeats + 1):  # the first pair warms up
         for name, step in steps.items():
             start = time.perf_counter()
-            states[name], metrics = step(states[name], data)
+            states[name], metrics = step(states[name], data, seed)
             metrics = jax.device_get(metrics)
             seconds[name].append(time.perf_counter() - start)
             first.setdefault(name, metrics)

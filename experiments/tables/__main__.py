@@ -115,7 +115,7 @@ def _make(run: Run) -> str:
         traceback.print_exc()
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     finally:
-        jax.clear_caches()  # no other run's programs are the same: the seed is in them
+        jax.clear_caches()  # another row's programs are others; those of other seeds are on disk
     return ""
 
 
@@ -142,10 +142,10 @@ def _list(runs: list[Run]) -> None:
     for run in runs:
         missing, seconds = run.missing(), 0.0
         if missing:
-            if run.row not in estimates:
+            if not (compiled := run.row in estimates):
                 estimates[run.row] = timing.estimate(run.config)
                 jax.clear_caches()
-            seconds = estimates[run.row].run(run.config.train.steps)
+            seconds = estimates[run.row].run(run.config.train.steps, compiled)
         total += seconds
         print(f"{run}: {run.config.train.steps} steps, {missing or 'finished'}; {seconds:.0f} s; {run.folder}")
     for row, found in estimates.items():

@@ -1,0 +1,149 @@
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from runs import assert_close_trees
+
+from jlml_jax import device_data, models, optim, parallel, protocols, sampling, train, train_step
+from jlml_jax.device_data import place
+
+
+class Parts:
+    """What a step needs, on the first `count` devices."""
+
+    def __init__(self, config, count):
+        self.seed, self.mesh = np.uint32(config.seed), parallel.make_mesh(jax.devices()[:count])
+        self.protocol = protocols.load(config.data.name, config.data).trial(0)
+        self.model = models.build_model(config, len(self.protocol.identities()))
+        self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
+        self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
+                          self.mesh)
+        self.state = train_step.init_state(config, self.model, self.optimizer, self.mesh)
+
+
+def run_steps(config, count, steps=3):
+    parts = Parts(config, count)
+    step = train_step.make_train_step(config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
+    state, metrics = parts.state, []
+    for _ in range(steps):
+        state, values = step(state, parts.data, parts.seed)
+        metrics.append(jax.device_get(values))
+    return jax.device_get(state), metrics
+
+
+def test_four_devices_compute_what_one_does(smooth_config):
+    (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)
+    for a, b in zip(one_metrics, four_metrics, strict=True):
+        assert_close_trees(a, b)
+    assert_close_trees(one, four)
+    moved = [np.abs(b - a).max() for a, b in zip(
+        jax.tree.leaves(Parts(smooth_config, 1).state.params), jax.tree.leaves(four.params), strict=True)]
+    assert max(moved) > 1e-3  # or the comparison would say nothing
+
+
+def test_the_step_runs_under_pmap_to_the_same_numbers(smooth_config):
+    parts = Parts(smooth_config, 4)
+    step = functools.partial(train_step.train_step, model=parts.model, optimizer=parts.optimizer, config=smooth_config)
+    pmapped = jax.pmap(step, axis_name=parallel.BATCH_AXIS, in_axes=(0, None, None), devices=jax.devices()[:4])
+    host_state, host_data = jax.device_get((parts.state, parts.data))
+    state = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (4, *np.shape(leaf))), host_state)
+    for _ in range(3):
+        state, metrics = pmapped(state, host_data, smooth_config.seed)
+    mapped_state, mapped_metrics = run_steps(smooth_config, 4)
+    for device in range(4):
+        take = functools.partial(jax.tree.map, lambda leaf, device=device: np.asarray(leaf)[device])
+        assert_close_trees(take(metrics), mapped_metrics[-1])
+        assert_close_trees(take(state), mapped_state)
+
+
+def test_batch_statistics_are_those_of_the_whole_batch(smooth_config):
+    """Without synchronised BN the running statistics of the stem would be one device's."""
+    (one, _), (four, _) = run_steps(smooth_config, 1, steps=1), run_steps(smooth_config, 4, steps=1)
+    np.testing.assert_allclose(one.batch_stats["stem"]["norm"]["var"], four.batch_stats["stem"]["norm"]["var"],
+                               rtol=1e-5)
+    assert np.abs(one.batch_stats["stem"]["norm"]["mean"]).max() > 1e-4
+
+
+def test_state_is_donated_and_stays_replicated(smooth_config):
+    parts = Parts(smooth_config, 4)
+    step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
+    after, _ = step(parts.state, parts.data, parts.seed)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(parts.state))
+    assert all(leaf.sharding.spec == PartitionSpec() and len(leaf.sharding.device_set) == 4
+               for leaf in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize(("first_step", "most", "at_once"), [(0, 4, 3), (6, 4, 3), (4, 4, 2), (5, 4, 1), (0, 25, 6)])
+def test_reports_checkpoints_and_the_end_fall_between_dispatches(tiny_config, first_step, most, at_once):
+    tiny_config.data.loader = "device"
+    tiny_config.train.steps, tiny_config.log_every, tiny_config.checkpoint_every = 18, 6, 12
+    tiny_config.train.steps_per_dispatch = most
+    assert train_step.steps_per_dispatch(tiny_config, first_step) == at_once
+    tiny_config.data.loader = "tf_data"
+    assert train_step.steps_per_dispatch(tiny_config, first_step) == 1
+
+
+def test_accumulated_gradients_are_the_mean_of_the_parts(smooth_config):
+    """Against the two halves of the batch, each a step of its own from the same weights.
+
+    SGD without momentum moves the weights along the gradient, so that the step says what it was. The second part's
+    running statistics start from those that the first one left.
+    """
+    smooth_config.optim.momentum, smooth_config.optim.learning_rate = 0.0, 1.0
+    smooth_config.augment.flip, smooth_config.augment.crop_padding = False, 0
+    parts = Parts(smooth_config, 1)
+    indices = np.asarray(sampling.batch_indices(smooth_config.seed, 0, len(parts.data.labels), 8))
+    start = jax.device_get(parts.state)
+
+    def one_step(rows, batch_stats, accumulation_steps):
+        smooth_config.train.accumulation_steps = accumulation_steps
+        step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh,
+                                          from_device_data=False)
+        state = parallel.replicate(dataclasses.replace(start, batch_stats=batch_stats), parts.mesh)
+        batch = np.asarray(parts.data.images)[rows], np.asarray(parts.data.labels)[rows]
+        state, metrics = jax.device_get(step(state, parallel.shard_batch(batch, parts.mesh), parts.seed))
+        return jax.tree.map(np.subtract, start.params, state.params), state.batch_stats, metrics
+
+    gradient, stats, metrics = one_step(indices, start.batch_stats, 2)
+    first, first_stats, first_metrics = one_step(indices[:4], start.batch_stats, 1)
+    second, second_stats, second_metrics = one_step(indices[4:], first_stats, 1)
+    assert_close_trees(jax.tree.map(lambda a, b: (a + b) / 2, first, second), gradient)
+    assert_close_trees(second_stats, stats)
+    assert metrics["loss"] == pytest.approx((first_metrics["loss"] + second_metrics["loss"]) / 2, rel=1e-5)
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
+    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)  # of the mean, not the norms' mean
+
+
+def test_the_parts_of_a_batch_do_not_depend_on_the_devices(smooth_config):
+    smooth_config.train.accumulation_steps = 2
+    (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)
+    for a, b in zip(one_metrics, four_metrics, strict=True):
+        assert_close_trees(a, b)
+    assert_close_trees(one, four)
+
+
+def test_both_loaders_take_the_same_parts(tiny_config, tmp_path):
+    parts = Parts(tiny_config, 4)
+    tiny_config.data.loader, tiny_config.train.accumulation_steps = "tf_data", 2
+    draw = functools.partial(device_data.draw, seed=tiny_config.seed, step=0, batch_size=8,
+                             axis_name=parallel.BATCH_AXIS, parts=2)
+    _, drawn = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
+                                     out_specs=PartitionSpec(parallel.BATCH_AXIS), check_vma=False))(parts.data)
+    run = train._check_run(tiny_config, tmp_path, parts.protocol, [], parts.mesh, "train", {})
+    _, labels = next(train._batches(run, 0))
+    np.testing.assert_array_equal(labels, drawn)
+    in_order = parts.protocol.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8)]
+    assert labels.tolist() != in_order.tolist()  # device by device, not part by part
+
+
+def test_a_seed_draws_its_own_batches_in_the_same_program(smooth_config):
+    parts = Parts(smooth_config, 1)
+    step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
+    state = jax.device_get(parts.state)
+    losses = [float(step(parallel.replicate(state, parts.mesh), parts.data, np.uint32(seed))[1]["loss"])
+              for seed in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+    assert step._cache_size() == 1
