@@ -69,8 +69,9 @@ def get_config() -> ConfigDict:
     evaluate.batch_size = 128  # global
     evaluate.max_rank = 50
     evaluate.datasets = ""  # data sets to be evaluated on besides data.name, in all their trials: viper,grid
+    evaluate.extra_gallery = ""  # a data set all of whose images join every gallery as distractors: folder/distractors
     evaluate.multi_query = "mean"  # Market-1501's, in rows of their own; pooled by mean or max; empty: none
-    evaluate.baselines = False  # also chance, a colour histogram, the untrained network; holds all distances at once
+    evaluate.baselines = False  # also chance, a colour histogram, the untrained network
     evaluate.picture = True  # ranked.png: a few queries with their top 10
 
     config.log_every = 100  # steps

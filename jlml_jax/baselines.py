@@ -52,14 +52,26 @@ def color_histogram(images: np.ndarray) -> np.ndarray:
     return histograms.reshape(count, -1)
 
 
+def random_distances(draw: int, num_gallery: int, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """A random number, uint32 [n, m], for each of the pairs of `queries` int [n] with `gallery` images int [m].
+
+    It is a hash (SplitMix64's) of the pair and of `draw`, so that any block can be asked for, in any order.
+    """
+    pairs = queries[:, None].astype(np.uint64) * np.uint64(num_gallery) + gallery.astype(np.uint64)
+    mixed = (pairs + np.uint64(draw << 40)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return (mixed >> np.uint64(32)).astype(np.uint32)
+
+
 def l1_distances(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     """Sums of absolute differences between rows of query [Q, D] and gallery [G, D]: float32 [Q, G]."""
-    return np.stack([np.abs(gallery - row).sum(axis=1) for row in query]).astype(np.float32)
+    return _distances(query, gallery, lambda one, block: np.abs(block - one).sum(axis=1))
 
 
 def l2_distances(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     """Euclidean distances between rows of query [Q, D] and gallery [G, D]: float32 [Q, G]."""
-    return np.stack([np.sqrt(np.square(gallery - row).sum(axis=1)) for row in query]).astype(np.float32)
+    return _distances(query, gallery, lambda one, block: np.sqrt(np.square(block - one).sum(axis=1)))
 
 
 def chi_squared_distances(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
@@ -68,11 +80,21 @@ def chi_squared_distances(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     Bins empty on both sides add nothing.
     """
 
-    def one(row: np.ndarray) -> np.ndarray:
-        total = gallery + row
-        return 0.5 * (np.square(gallery - row) / np.where(total > 0, total, 1)).sum(axis=1)
+    def one_to_block(one: np.ndarray, block: np.ndarray) -> np.ndarray:
+        total = block + one
+        return 0.5 * (np.square(block - one) / np.where(total > 0, total, 1)).sum(axis=1)
 
-    return np.stack([one(row) for row in query]).astype(np.float32)
+    return _distances(query, gallery, one_to_block)
+
+
+def _distances(query: np.ndarray, gallery: np.ndarray,
+               one_to_block: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    distances = np.empty((len(query), len(gallery)), np.float32)
+    for start in range(0, len(gallery), 1024):  # as many as stay in the cache
+        block = slice(start, start + 1024)
+        for row, one in zip(distances, query, strict=True):
+            row[block] = one_to_block(one, gallery[block])
+    return distances
 
 
 def hellinger_distances(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jlml_jax import metrics, provenance
+from jlml_jax import provenance
 from jlml_jax.checkpoints import write_atomically
 from jlml_jax.datasets.base import DISTRACTOR
+from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError
 from jlml_jax.extractor import Extractor
 
@@ -57,7 +58,7 @@ def count_pairs(features: np.ndarray, identities: np.ndarray, cameras: np.ndarra
     for i in starts:
         for j in range(i, len(features), _BLOCK):
             a, b = slice(i, i + _BLOCK), slice(j, j + _BLOCK)
-            codes = metrics.l2_distances(features[a], features[b]).view(np.uint32) >> _SHIFT
+            codes = l2_distances(features[a], features[b]).view(np.uint32) >> _SHIFT
             equal = identities[a, None] == identities[b]
             other = ~equal
             equal &= (cameras[a, None] != cameras[b]) & (identities[a, None] != DISTRACTOR)

@@ -1,10 +1,12 @@
 """Features of a split, then metrics: the rows of results.json."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from jlml_jax import augment, baselines, device_data, input_pipeline, metrics, parallel, sampling
 from jlml_jax.datasets.base import Split
+from jlml_jax.distances import LazyRows, Products, numpy_products
 from jlml_jax.errors import UserError
 from jlml_jax.protocols import Trial
 
@@ -22,7 +25,7 @@ TITLES = dict(zip(SCORES + ACCURACIES, (*(f"R{rank}" for rank in REPORTED_RANKS)
                                         "top-5"), strict=True))
 CHANCE_DRAWS = 10  # rankings that the chance row averages over
 
-Features = dict[str, np.ndarray]
+Features = dict[str, np.ndarray | LazyRows]  # by branch, [N, dim]
 Forward = Callable[[Any, jax.Array], dict[str, jax.Array]]
 
 
@@ -53,26 +56,30 @@ def extract_features(forward: Forward, variables: Any, split: Split, data: ml_co
     rows = parallel.process_slice(batch_size)
     batches = [(indices[rows], mask) for indices, mask in sampling.evaluation_batches(len(split), batch_size)]
     images = decode_batches(split, (indices for indices, _ in batches), data)
-    outputs, pending = [], None
+    features: Features = {}  # of the size that they will have: joined at the end, they would need twice the memory
+    pending = None
+
+    def put(start: int, mask: np.ndarray, outputs: Mapping[str, jax.Array]) -> None:
+        for branch, values in outputs.items():
+            if branch not in features:
+                features[branch] = np.empty((len(split), values.shape[1]), np.float32)
+            features[branch][start:start + batch_size] = np.asarray(values, np.float32)[mask]
+
     bar = tqdm(images, f"features of {len(split):,} images", len(batches), unit=" batches", leave=False,
                disable=jax.process_index() > 0 or None)
-    for (_, mask), batch in zip(batches, bar, strict=True):
-        result = forward(variables, parallel.shard_batch(batch, mesh)), mask
+    for number, ((_, mask), batch) in enumerate(zip(batches, bar, strict=True)):
+        result = number * batch_size, mask, forward(variables, parallel.shard_batch(batch, mesh))
         if pending is not None:  # fetched only now, while the next batch is computed
-            outputs.append(_unpadded(*pending))
+            put(*pending)
         pending = result
-    outputs.append(_unpadded(*pending))
-    features = {branch: np.concatenate([output[branch] for output in outputs]) for branch in outputs[0]}
+    put(*pending)
     for branch, values in features.items():
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        # Of finite float32 the sum in float64 is finite, and there is no second array of that size.
+        bad = np.flatnonzero(~np.isfinite(values.sum(axis=1, dtype=np.float64)))
         if len(bad):
             raise UserError(f"{branch} features of {len(bad)} images of {split.dataset} are not finite, "
                             f"the first of them {split.names[bad[0]]}; the weights are unusable: train again")
     return features
-
-
-def _unpadded(features: Mapping[str, jax.Array], mask: np.ndarray) -> Features:
-    return {branch: np.asarray(values, np.float32)[mask] for branch, values in features.items()}
 
 
 NORMALIZE = ("none", "joint", "per_branch")
@@ -90,24 +97,47 @@ def _check_known(field: str, value: str, known: Sequence[str]) -> None:
                         + ", ".join(choice or "'' (none)" for choice in known))
 
 
-def matching_features(features: Features, normalize: str) -> Features:
+def matching_features(features: Features, normalize: str) -> dict[str, "MatchingFeatures"]:
     """The features to match by: each branch [N, dim], and `joint`, their concatenation [N, sum of dims].
 
     `normalize`: none; joint: the matching feature scaled to length 1; per_branch: each branch, before it is joined.
     """
     _check_known("normalize", normalize, NORMALIZE)
-    if normalize == "per_branch":
-        features = {branch: _unit(values) for branch, values in features.items()}
-    matching = dict(features)
+    chosen = {branch: [values] for branch, values in features.items()}
     if len(features) > 1:
-        matching["joint"] = np.concatenate(list(features.values()), axis=1)
-    if normalize == "joint":
-        matching = {name: _unit(values) for name, values in matching.items()}
-    return matching
+        chosen["joint"] = list(features.values())
+    return {name: MatchingFeatures(branches, normalize) for name, branches in chosen.items()}
+
+
+class MatchingFeatures(LazyRows):
+    """Branches side by side, joined and normalised when they are read: a large gallery lies in memory once."""
+
+    def __init__(self, branches: Sequence[np.ndarray | LazyRows], normalize: str):
+        self._branches, self._normalize = branches, normalize
+        self.shape = (len(branches[0]), sum(values.shape[1] for values in branches))
+        self.dtype = np.result_type(*(values.dtype for values in branches))
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        branches = [values[rows] for values in self._branches]
+        if self._normalize == "per_branch":
+            branches = map(_unit, branches)
+        joined = np.concatenate(list(branches), axis=1)
+        return _unit(joined) if self._normalize == "joint" else joined
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+class _ChosenRows(LazyRows):
+    """Rows of an array, copied when they are read."""
+
+    def __init__(self, values: np.ndarray | LazyRows, rows: np.ndarray):
+        self._values, self._rows = values, rows
+        self.shape, self.dtype = (len(rows), values.shape[1]), values.dtype
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        return self._values[self._rows[rows]]
 
 
 class FeatureCache:
@@ -115,40 +145,68 @@ class FeatureCache:
 
     def __init__(self, extract: Callable[[Split], Features]):
         self._extract = extract
-        self._rows: dict[bytes, int] = {}  # encoded image -> row
-        self._features: Features = {}
+        self._places: dict[bytes, tuple[int, int]] = {}  # by image: the number of an extraction, a row of its features
+        self._extracted: list[Features] = []
 
     def __call__(self, split: Split) -> Features:
-        rows = [self._rows.setdefault(image, len(self._rows)) for image in split.images]
-        known = len(next(iter(self._features.values()))) if self._features else 0
-        new, first = np.unique(rows, return_index=True)
-        if len(missing := first[new >= known]):
-            features = self._extract(split.select(missing))
-            self._features = {branch: np.concatenate([self._features[branch], values]) if known else values
-                              for branch, values in features.items()}
-        return {branch: values[rows] for branch, values in self._features.items()}
+        images = list(split.keys())
+        missing = {image: index for index, image in enumerate(images) if image not in self._places}
+        if missing:
+            self._places |= {image: (len(self._extracted), row) for row, image in enumerate(missing)}
+            self._extracted.append(self._extract(split.select(np.array(list(missing.values())))))
+        numbers, rows = np.array([self._places[image] for image in images]).T
+        if (numbers == numbers[0]).all():
+            return {branch: _ChosenRows(values, rows) for branch, values in self._extracted[numbers[0]].items()}
+        return {branch: np.concatenate([self._extracted[number][branch][[row]]
+                                        for number, row in zip(numbers, rows, strict=True)])
+                for branch in self._extracted[0]}
+
+
+def sharded_products(mesh: Mesh) -> Products:
+    """Products with the gallery's rows sharded over this process's devices of the mesh, each computing its part.
+
+    Every process ranks for itself; nothing travels between them.
+    """
+    local = Mesh(np.array(mesh.local_devices), ("gallery",))
+    by_row, by_column = (NamedSharding(local, PartitionSpec(*axes)) for axes in (("gallery",), (None, "gallery")))
+    # The default precision of a TPU, and of the tensor cores of a GPU, would change the order of near images.
+    multiply = jax.jit(lambda query, gallery: jnp.matmul(query, gallery.T, precision=jax.lax.Precision.HIGHEST),
+                       out_shardings=by_column)
+
+    def products(gallery: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        placed = jax.device_put(np.pad(gallery, ((0, -len(gallery) % local.size), (0, 0))), by_row)
+        return lambda query: np.array(multiply(query, placed))[:, :len(gallery)]
+
+    return products
+
+
+def products_on(mesh: Mesh) -> Products:
+    """What multiplies fastest where the mesh is: its devices, unless they are the host's own processor."""
+    return numpy_products if mesh.local_devices[0].platform == "cpu" else sharded_products(mesh)
 
 
 def evaluate_trials(trials: Iterable[Trial], extract: Callable[[Split], Features],
-                    evaluate: ml_collections.ConfigDict) -> list[dict[str, Any]]:
-    """The rows of each trial, and those of their mean if there are several."""
+                    evaluate: ml_collections.ConfigDict, products: Products = numpy_products) -> list[dict[str, Any]]:
+    """The rows of each trial, and those of their mean if there are several; `products` as `metrics` takes them."""
     trials, rows = list(trials), []
     for trial in trials:
         query, gallery = (matching_features(extract(split), evaluate.normalize)
                           for split in (trial.query, trial.gallery))
-        rows += _rank(trial, trial.protocol, query, gallery, evaluate)
+        rows += _rank(trial, trial.protocol, query, gallery, evaluate, products)
         if trial.multi_query is not None and evaluate.multi_query:
             further = matching_features(extract(trial.multi_query), evaluate.normalize)
-            pooled = {name: pool_queries(trial, query[name], further[name], evaluate.multi_query) for name in query}
-            rows += _rank(trial, "multi-query", pooled, gallery, evaluate)
+            pooled = {name: pool_queries(trial, query[name][:], further[name][:], evaluate.multi_query)
+                      for name in query}
+            rows += _rank(trial, trial.protocol.replace("single-query", "multi-query"), pooled, gallery, evaluate,
+                          products)
     return rows + (mean_rows(rows) if len(trials) > 1 else [])
 
 
-def _rank(trial: Trial, protocol: str, query: Features, gallery: Features, evaluate: ml_collections.ConfigDict
-          ) -> list[dict[str, Any]]:
+def _rank(trial: Trial, protocol: str, query: Features, gallery: Features, evaluate: ml_collections.ConfigDict,
+          products: Products) -> list[dict[str, Any]]:
     return [make_row(trial, protocol, name, evaluate.normalize, metrics.evaluate_ranking(
                 query[name], gallery[name], *labels_of(trial), max_rank=max(evaluate.max_rank, *REPORTED_RANKS),
-                single_gallery_shot=trial.single_gallery_shot))
+                single_gallery_shot=trial.single_gallery_shot, products=products))
             for name in query]
 
 
@@ -188,13 +246,11 @@ def evaluate_validation(trial: Trial, logits: Features) -> list[dict[str, Any]]:
 
 def evaluate_baselines(trial: Trial, data: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     """Rows that any model must beat: chance, and a colour histogram by the metric that suits it best."""
-    rng = np.random.default_rng(0)
-    shape = (len(trial.query), len(trial.gallery))
+    def rank(distances: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> metrics.RankingMetrics:
+        return metrics.rank_blocks(distances, *labels_of(trial), single_gallery_shot=trial.single_gallery_shot)
 
-    def rank(distances: np.ndarray) -> metrics.RankingMetrics:
-        return metrics.rank_metrics(distances, *labels_of(trial), single_gallery_shot=trial.single_gallery_shot)
-
-    draws = [rank(rng.random(shape, np.float32)) for _ in range(CHANCE_DRAWS)]
+    draws = [rank(functools.partial(baselines.random_distances, draw, len(trial.gallery)))
+             for draw in range(CHANCE_DRAWS)]
     mean = metrics.RankingMetrics(
         cmc=np.mean([draw.cmc for draw in draws], axis=0),
         mean_ap=float(np.mean([draw.mean_ap for draw in draws])),
@@ -202,12 +258,17 @@ def evaluate_baselines(trial: Trial, data: ml_collections.ConfigDict) -> list[di
         mean_inp=float(np.mean([draw.mean_inp for draw in draws])),
         num_valid_queries=draws[0].num_valid_queries,
     )
-    query = baselines.color_histogram(trial.query.decode(data.height, data.width))
-    gallery = baselines.color_histogram(trial.gallery.decode(data.height, data.width))
-    histogram = max((rank(distances(query, gallery)) for distances in baselines.HISTOGRAM_METRICS.values()),
-                    key=lambda scores: scores.cmc[0])
+    query, gallery = (_color_histograms(split, data) for split in (trial.query, trial.gallery))
+    histogram = max((rank(lambda rows, columns, metric=metric: metric(query[rows], gallery[columns]))
+                     for metric in baselines.HISTOGRAM_METRICS.values()), key=lambda scores: scores.cmc[0])
     return [make_row(trial, trial.protocol, feature, "none", scores)
             for feature, scores in (("chance", mean), ("colour histogram", histogram))]
+
+
+def _color_histograms(split: Split, data: ml_collections.ConfigDict) -> np.ndarray:
+    """Of all images, float32 [N, 432]; decoded a few hundred at a time."""
+    return np.concatenate([baselines.color_histogram(split.select(rows).decode(data.height, data.width))
+                           for rows in np.array_split(np.arange(len(split)), -(-len(split) // 256))])
 
 
 def labels_of(trial: Trial) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -222,7 +222,7 @@ def _features_of_run(run: SavedRun, images: np.ndarray) -> np.ndarray:
     forward = jax.jit(lambda variables, images: model.apply(variables, normalise(images, run.config.data))["features"])
     features = {branch: np.asarray(values) for branch, values in forward(run.variables, images).items()}
     matching = matching_features(features, run.config.evaluate.normalize)
-    return matching["joint"] if len(features) > 1 else next(iter(matching.values()))
+    return np.asarray(list(matching.values())[-1])  # joint where there are two branches
 
 
 def _max_relative_error(embed: Embed, images: np.ndarray, expected: np.ndarray) -> float:

@@ -1,25 +1,32 @@
-"""Distances, CMC, mAP and mINP of person re-identification: arrays in, numbers out.
+"""CMC, mAP and mINP of person re-identification: arrays in, numbers out.
 
 Persons are identities >= 1. Identity 0 is a distractor: always wrong, never one person. Identity -1 is junk: ignored.
 A gallery image with the query's identity and camera is ignored. On equal distances the wrong image ranks first.
 """
 
 import dataclasses
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jlml_jax.distances import (
+    BLOCK,
+    DistancesTo,
+    Features,
+    Products,
+    checked,
+    checked_pair,
+    numpy_products,
+    split,
+    squared_l2,
+    threads,
+)
 from jlml_jax.errors import UserError
 
 _CHUNK_DISTANCES = 6 << 20  # that one thread holds at a time (24 MiB as float32)
-_MIN_CHUNK = 16  # queries; fewer would read the gallery too often
-_MAX_THREADS = 8  # bounds the memory, together with _CHUNK_DISTANCES
-_CLOSE = 0.1  # squared distance / (sum of squared norms) below which the matmul expansion has cancelled too much
+_MIN_CHUNK = 16  # queries; fewer would read a block of the gallery too often
 
 
 class _Labels(NamedTuple):
@@ -27,10 +34,6 @@ class _Labels(NamedTuple):
     gallery_ids: np.ndarray
     query_cameras: np.ndarray
     gallery_cameras: np.ndarray
-
-
-# the distance rows of the named queries, each to the gallery columns chosen before
-_Distances = Callable[[np.ndarray], Iterable[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,8 +60,8 @@ class RankingMetrics:
 
 
 def evaluate_ranking(
-    query_features: ArrayLike,
-    gallery_features: ArrayLike,
+    query_features: Features,
+    gallery_features: Features,
     query_ids: ArrayLike,
     gallery_ids: ArrayLike,
     query_cameras: ArrayLike,
@@ -68,12 +71,16 @@ def evaluate_ranking(
     single_gallery_shot: bool = False,
     repeats: int = 10,
     seed: int = 0,
+    products: Products = numpy_products,
 ) -> RankingMetrics:
-    """Ranks the gallery for every query by L2 distance, and scores it. Never holds the Q x G matrix.
+    """Ranks the gallery for every query by L2 distance, and scores it.
+
+    Never holds the Q x G matrix, nor a copy of the gallery: beside what is given, it takes a few hundred MiB at most,
+    and a time that grows linearly with G.
 
     Args:
       query_features: [Q, D].
-      gallery_features: [G, D].
+      gallery_features: [G, D]; an array, a memory map of one, or LazyRows.
       query_ids: [Q] integers >= -1. A query with identity 0 or -1 is never valid.
       gallery_ids: [G] integers >= -1.
       query_cameras: [Q] integers.
@@ -85,18 +92,40 @@ def evaluate_ranking(
         every query is left out of the average.
       repeats: number of draws.
       seed: of the draws, which are those of `np.random.default_rng(seed)`.
+      products: what multiplies matrices.
 
     Raises:
       UserError: a feature is NaN or infinite, or no query has a true match.
       ValueError: shapes do not agree, or identities or cameras are not integers.
     """
-    query, gallery = _features(query_features, gallery_features)
+    query, gallery = checked_pair(query_features, gallery_features)
     labels = _labels((len(query), len(gallery)), query_ids, gallery_ids, query_cameras, gallery_cameras)
 
-    def distances_to(columns: np.ndarray) -> _Distances:
-        return _squared_l2(query, gallery if len(columns) == len(gallery) else gallery[columns])[0]
-
+    distances_to, _ = squared_l2(query, gallery, products)
     return _evaluate(distances_to, labels, max_rank, repeats if single_gallery_shot else None, seed)
+
+
+def rank_blocks(
+    distances: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    query_ids: ArrayLike,
+    gallery_ids: ArrayLike,
+    query_cameras: ArrayLike,
+    gallery_cameras: ArrayLike,
+    *,
+    max_rank: int = 50,
+    single_gallery_shot: bool = False,
+    repeats: int = 10,
+    seed: int = 0,
+) -> RankingMetrics:
+    """`evaluate_ranking` by other distances than L2, which are asked for block by block.
+
+    Args:
+      distances: a function of queries int [n] and gallery images int [m] to their distances [n, m], finite, which
+        threads call, and which may be asked for the same ones twice. They are compared in their own precision.
+    """
+    labels = _labels((len(query_ids), len(gallery_ids)), query_ids, gallery_ids, query_cameras, gallery_cameras)
+    return _evaluate(lambda columns: lambda rows: distances(rows, columns), labels, max_rank,
+                     repeats if single_gallery_shot else None, seed)
 
 
 def rank_metrics(
@@ -117,20 +146,20 @@ def rank_metrics(
       UserError: a distance is NaN or infinite, or no query has a true match.
       ValueError: shapes do not agree, or identities or cameras are not integers.
     """
-    distances = _matrix(distances, "distances")
+    distances = checked(distances, "distances")
     labels = _labels(distances.shape, query_ids, gallery_ids, query_cameras, gallery_cameras)
 
-    def distances_to(columns: np.ndarray) -> _Distances:
+    def distances_to(columns: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         if len(columns) == distances.shape[1]:
-            return lambda rows: (distances[row] for row in rows)
-        return lambda rows: (distances[row, columns] for row in rows)
+            return lambda rows: distances[rows]
+        return lambda rows: distances[rows[:, None], columns]
 
     return _evaluate(distances_to, labels, max_rank, repeats if single_gallery_shot else None, seed)
 
 
 def query_scores(
-    query_features: ArrayLike,
-    gallery_features: ArrayLike,
+    query_features: Features,
+    gallery_features: Features,
     query_ids: ArrayLike,
     gallery_ids: ArrayLike,
     query_cameras: ArrayLike,
@@ -141,102 +170,13 @@ def query_scores(
     Arguments and errors are those of `evaluate_ranking`, whose means over the whole gallery these add up to. A query
     without a true match has 0 and NaN.
     """
-    query, gallery = _features(query_features, gallery_features)
+    query, gallery = checked_pair(query_features, gallery_features)
     labels = _labels((len(query), len(gallery)), query_ids, gallery_ids, query_cameras, gallery_cameras)
     first_ranks, average_precision = np.zeros(len(query), np.int64), np.full(len(query), np.nan)
     rows, first_ranks_of_rows, scores = _score(
-        lambda columns: _squared_l2(query, gallery[columns])[0], labels, np.flatnonzero(labels.gallery_ids >= 0))
+        squared_l2(query, gallery, numpy_products)[0], labels, np.flatnonzero(labels.gallery_ids >= 0))
     first_ranks[rows], average_precision[rows] = first_ranks_of_rows, scores[0]
     return first_ranks, average_precision
-
-
-def l2_distances(query_features: ArrayLike, gallery_features: ArrayLike) -> np.ndarray:
-    """Plain (not squared) L2 distances, [Q, D] and [G, D] -> [Q, G] float32.
-
-    By the matmul expansion on centred features; what cancels there is summed anew from the differences. So the
-    relative error stays below 1e-5 far from the origin and for near-duplicates too, and identical rows are at 0.
-
-    Raises:
-      UserError: a feature is NaN or infinite.
-      ValueError: shapes do not agree.
-    """
-    query, gallery = _features(query_features, gallery_features)
-    if not len(query) or not len(gallery):
-        return np.zeros((len(query), len(gallery)), np.float32)
-    squared_l2, scale = _squared_l2(query, gallery)
-    distances = squared_l2(np.arange(len(query)))
-    np.sqrt(distances, out=distances)
-    distances *= np.float32(scale)
-    return distances
-
-
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
-
-
-def _matrix(values: ArrayLike, name: str) -> np.ndarray:
-    """As a finite 2-D array of at least float32 (float64 stays)."""
-    matrix = np.asarray(values)
-    if matrix.ndim != 2:
-        raise ValueError(f"{name} must be 2-D, got shape {matrix.shape}")
-    matrix = matrix.astype(np.result_type(matrix.dtype, np.float32), copy=False)
-    step = max(1, (1 << 20) // max(1, matrix.shape[1]))
-    starts = range(0, len(matrix), step)
-    with _threads() as pool:
-        finite = pool.map(lambda start: np.isfinite(matrix[start : start + step]).all(), starts)
-    for start, ok in zip(starts, finite, strict=True):
-        if not ok:
-            row = start + int(np.argmin(np.isfinite(matrix[start : start + step]).all(axis=1)))
-            raise UserError(f"{name}: row {row} has a NaN or infinite value; mend it or leave it out")
-    return matrix
-
-
-def _features(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    query, gallery = _matrix(query_features, "query features"), _matrix(gallery_features, "gallery features")
-    if query.shape[1] != gallery.shape[1] or not query.shape[1]:
-        raise ValueError(f"query and gallery features must agree in D > 0, got {query.shape} and {gallery.shape}")
-    return query, gallery
-
-
-def _squared_l2(query: np.ndarray, gallery: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    """A function from n query rows to their squared distances [n, G] float32, and the unit of the plain distance."""
-    # Any centre gives the same distances; one amid the data keeps the norms, and so the cancellation, small. On a grid
-    # of powers of two about as coarse as the data's spread the shift is exact for integers and the like, so that equal
-    # distances stay equal.
-    dtype = np.result_type(query, gallery)
-    sample = gallery[:: max(1, len(gallery) // 1024)].astype(np.float64)
-    mean, spread = sample.mean(axis=0), sample.std(axis=0)
-    grid = np.ldexp(1.0, np.frexp(spread)[1])
-    centre = np.where(spread > 0, np.round(mean / grid) * grid, mean).astype(dtype)
-    centred_query, centred_gallery = query - centre, gallery - centre
-    # Without a common scale, squares of very large or very small features would leave float32's range.
-    largest = max(float(x) for f in (centred_query, centred_gallery) for x in (f.max(), -f.min()))
-    scale = math.ldexp(1.0, min(100, max(-100, math.frexp(largest)[1])))
-    centred_query *= dtype.type(1 / scale)
-    centred_gallery *= dtype.type(1 / scale)
-    centred_query = centred_query.astype(np.float32, copy=False)
-    centred_gallery = centred_gallery.astype(np.float32, copy=False)
-    query_norms, gallery_norms = _squared_norms(centred_query), _squared_norms(centred_gallery)
-
-    def distances(rows: np.ndarray) -> np.ndarray:
-        block = (-2 * centred_query[rows]) @ centred_gallery.T
-        for index, row in zip(rows, block, strict=True):
-            norms = gallery_norms + query_norms[index]
-            row += norms
-            norms *= _CLOSE
-            close = np.flatnonzero(row < norms)
-            for start in range(0, close.size, 256):  # as many as stay in the cache
-                part = close[start : start + 256]
-                difference = gallery[part] - query[index]
-                difference *= dtype.type(1 / scale)
-                row[part] = np.einsum("gd,gd->g", difference, difference)
-        return block
-
-    return distances, scale
-
-
-def _squared_norms(features: np.ndarray) -> np.ndarray:
-    return np.einsum("nd,nd->n", features, features, dtype=np.float64).astype(np.float32)
 
 
 def _labels(shape: tuple[int, ...], *labels: ArrayLike) -> _Labels:
@@ -255,7 +195,7 @@ def _labels(shape: tuple[int, ...], *labels: ArrayLike) -> _Labels:
 
 
 def _evaluate(
-    distances_to: Callable[[np.ndarray], _Distances], labels: _Labels, max_rank: int, repeats: int | None, seed: int
+    distances_to: DistancesTo, labels: _Labels, max_rank: int, repeats: int | None, seed: int
 ) -> RankingMetrics:
     """Metrics over the whole gallery (repeats is None), or averaged over `repeats` single-shot draws of it."""
     if max_rank < 1:
@@ -290,7 +230,7 @@ def _single_shot_draws(gallery_ids: np.ndarray, repeats: int, seed: int) -> Iter
 
 
 def _score(
-    distances_to: Callable[[np.ndarray], _Distances], labels: _Labels, columns: np.ndarray
+    distances_to: DistancesTo, labels: _Labels, columns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ranks the gallery `columns` for every query.
 
@@ -298,42 +238,84 @@ def _score(
     average precision and inverse negative penalty [3, n].
 
     The ranks of the true matches are all that these need, and the rank of the j-th is j plus the number of wrong images
-    at most as far: a look-up in the sorted distances. Sorting values alone is several times faster than argsort.
+    at most as far. That number is a sum over blocks of the gallery, in each of them a look-up in the sorted distances;
+    sorting values alone is several times faster than argsort.
     """
-    # Sorted by (identity, camera), an identity's images are the run [begin, end), those to ignore [skip, resume) in it.
-    cameras, codes = np.unique(np.concatenate([labels.query_cameras, labels.gallery_cameras]), return_inverse=True)
-    query_codes, gallery_codes = np.split(codes, [len(labels.query_cameras)])
-    keys = labels.gallery_ids[columns] * len(cameras) + gallery_codes[columns]
-    order = np.argsort(keys, kind="stable")
-    query_keys = labels.query_ids * len(cameras)
-    same = query_keys + query_codes
-    bounds = keys[order].searchsorted([query_keys, same, same + 1, query_keys + len(cameras)])
-    matches = bounds[3] - bounds[0] - (bounds[2] - bounds[1])
+    matches = _People(labels, columns).matches
     rows = np.flatnonzero((labels.query_ids >= 1) & (matches > 0))
     if not rows.size:
         return rows, rows, np.empty((3, 0))
-    distances = distances_to(columns)
+    counts = matches[rows]
+    starts = np.cumsum(counts) - counts
+    true: list[list[np.ndarray]] = [[] for _ in rows]  # distances of each query's true matches
+    wrong = [np.zeros(count, np.int64) for count in counts]  # images at most as far as each of them
 
-    def score_chunk(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        wrong = []
-        for row, (begin, skip, resume, end) in zip(distances(chunk), bounds[:, chunk].T.tolist(), strict=True):
-            own = row[order[begin:end]]
-            true = np.sort(np.concatenate([own[: skip - begin], own[resume - begin :]]))
-            wrong.append(np.sort(row).searchsorted(true, "right") - np.sort(own).searchsorted(true, "right"))
-        counts = matches[chunk]
-        starts = np.cumsum(counts) - counts
-        hits = np.arange(1, counts.sum() + 1) - np.repeat(starts, counts)
-        ranks = hits + np.concatenate(wrong)
-        precision = hits / ranks
-        before = np.divide(hits - 1, ranks - 1, out=np.ones(len(ranks)), where=ranks > 1)
-        average_precision = np.add.reduceat(precision, starts) / counts
-        trapezoid = np.add.reduceat((before + precision) / 2, starts) / counts
-        return ranks[starts], np.stack([average_precision, trapezoid, counts / ranks[starts + counts - 1]])
+    def visit(block: np.ndarray, collect: bool, count: bool) -> None:
+        people, distances = _People(labels, block), distances_to(block)
 
-    size = max(_MIN_CHUNK, _CHUNK_DISTANCES // len(columns))
-    with _threads() as pool:
-        parts = list(pool.map(score_chunk, np.split(rows, range(size, len(rows), size))))
-    return rows, np.concatenate([first for first, _ in parts]), np.concatenate([scores for _, scores in parts], axis=1)
+        def visit_chunk(chunk: np.ndarray) -> None:
+            for number, row in zip(chunk, distances(rows[chunk]), strict=True):
+                own, own_true = people.of(rows[number], row)
+                if collect:
+                    true[number].append(own_true)
+                if count:
+                    found = np.sort(np.concatenate(true[number]))
+                    wrong[number] += (np.sort(row).searchsorted(found, "right")
+                                      - np.sort(own).searchsorted(found, "right"))
+
+        size = max(_MIN_CHUNK, _CHUNK_DISTANCES // len(block))
+        with threads() as pool:
+            list(pool.map(visit_chunk, split(np.arange(len(rows)), size)))
+
+    with_people, others = _blocks(labels, columns, rows)
+    if len(with_people) > 1:  # nothing can be counted before all true matches are known
+        for block in with_people:
+            visit(block, collect=True, count=False)
+    for block in with_people:
+        visit(block, collect=len(with_people) == 1, count=True)
+    for block in others:
+        visit(block, collect=False, count=True)
+
+    hits = np.arange(1, counts.sum() + 1) - np.repeat(starts, counts)
+    ranks = hits + np.concatenate(wrong)
+    precision = hits / ranks
+    before = np.divide(hits - 1, ranks - 1, out=np.ones(len(ranks)), where=ranks > 1)
+    average_precision = np.add.reduceat(precision, starts) / counts
+    trapezoid = np.add.reduceat((before + precision) / 2, starts) / counts
+    return rows, ranks[starts], np.stack([average_precision, trapezoid, counts / ranks[starts + counts - 1]])
+
+
+def _blocks(labels: _Labels, columns: np.ndarray, rows: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The gallery `columns` in blocks: those with images of the people whom the queries `rows` show, and the rest."""
+    if len(columns) <= BLOCK:
+        return [columns], []
+    asked_for = np.isin(labels.gallery_ids[columns], labels.query_ids[rows])
+    return split(columns[asked_for], BLOCK), split(columns[~asked_for], BLOCK)
+
+
+class _People:
+    """Where the images of each query's identity lie among gallery `columns`.
+
+    Sorted by (identity, camera), they are the run [begin, end), those to ignore [skip, resume) in it.
+    """
+
+    def __init__(self, labels: _Labels, columns: np.ndarray):
+        cameras, codes = np.unique(np.concatenate([labels.query_cameras, labels.gallery_cameras]), return_inverse=True)
+        query_codes, gallery_codes = np.split(codes, [len(labels.query_cameras)])
+        keys = labels.gallery_ids[columns] * len(cameras) + gallery_codes[columns]
+        self._order = np.argsort(keys, kind="stable")
+        people = labels.query_ids * len(cameras)
+        same = people + query_codes
+        bounds = keys[self._order].searchsorted([people, same, same + 1, people + len(cameras)])
+        begins, skips, resumes, ends = bounds
+        self.matches = ends - begins - (resumes - skips)  # true ones, of each query
+        self._bounds = bounds.T.tolist()
+
+    def of(self, query: int, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of one query's `distances` to the columns those to its identity's images, and to its true matches."""
+        begin, skip, resume, end = self._bounds[query]
+        own = distances[self._order[begin:end]]
+        return own, np.concatenate([own[: skip - begin], own[resume - begin :]])
 
 
 def _why_no_match(labels: _Labels) -> str:

@@ -13,9 +13,9 @@ import ml_collections
 import numpy as np
 from PIL import Image, ImageDraw
 
-from jlml_jax import metrics
 from jlml_jax.augment import normalise
 from jlml_jax.datasets.base import JUNK
+from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError
 from jlml_jax.models import JLML, ResidualUnit
 from jlml_jax.protocols import Trial
@@ -41,7 +41,7 @@ def ranked_lists(trial: Trial, query_features: np.ndarray, gallery_features: np.
     """Draws random queries, each with its `top_k` gallery images: right ones framed in green, wrong ones in red."""
     query, gallery = trial.query, trial.gallery
     chosen = np.sort(np.random.default_rng(seed).permutation(len(query))[:num_queries])
-    distances = metrics.l2_distances(query_features[chosen], gallery_features)
+    distances = l2_distances(query_features[chosen], gallery_features)
     cell = (_CROP[0] + 2 * _FRAME + _GAP, _CROP[1] + 2 * _FRAME + _GAP)
     columns = min(top_k, len(gallery)) + 1
     sheet = Image.new("RGB", (columns * cell[0] + 3 * _GAP, len(chosen) * cell[1] + _GAP), _PAPER)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jlml_jax import datasets
 from jlml_jax.datasets.base import DISTRACTOR, Split, first_few
+from jlml_jax.datasets.stored import join_images
 from jlml_jax.errors import UserError
 
 VIPER_TRIALS = 10
@@ -99,6 +100,30 @@ def tests(name: str, data: ml_collections.ConfigDict) -> list[Trial]:
     if trials[0].query is None:
         raise UserError(f"evaluate.datasets={name!r} has no queries and gallery to be evaluated on; leave it out")
     return trials
+
+
+def add_distractors(trials: Sequence[Trial], name: str, data: ml_collections.ConfigDict) -> list[Trial]:
+    """The trials, to whose galleries all images of data set `name` are added as distractors; "" adds nothing.
+
+    Market-1501 has 500,000 such images, an archive of its own.
+    """
+    if not name:
+        return list(trials)
+    distractors = datasets.load_distractors(name, data.data_dir)
+    return [_with_distractors(trial, distractors) if trial.gallery is not None else trial for trial in trials]
+
+
+def _with_distractors(trial: Trial, distractors: Sequence[Split]) -> Trial:
+    name = distractors[0].dataset
+    if namespace(name) == namespace(trial.dataset):
+        raise UserError(f"evaluate.extra_gallery={name!r} has the very people that are searched for; give a data set "
+                        "of others")
+    parts = [trial.gallery, *distractors]
+    gallery = Split(trial.dataset, join_images([part.images for part in parts]),
+                    *(np.concatenate([getattr(part, field) for part in parts])
+                      for field in ("identities", "cameras", "names")))
+    return dataclasses.replace(trial, gallery=gallery, protocol=f"{trial.protocol}, {sum(map(len, distractors)):,} "
+                                                                "extra distractors")
 
 
 def _fixed_splits(name: str, data: ml_collections.ConfigDict) -> Protocol:

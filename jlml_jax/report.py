@@ -27,6 +27,7 @@ from PIL import Image
 from jlml_jax import calibration, datasets, evaluate, metrics, parallel, pictures, protocols
 from jlml_jax.checkpoints import SavedRun, load_run, write_atomically
 from jlml_jax.datasets.base import DISTRACTOR, Split
+from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
 from jlml_jax.logs import TIME_FIELDS
@@ -78,7 +79,8 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
     results, history = _read_results(run.workdir), _read_history(run.workdir)
     protocol = protocols.load(config.data.name, config.data)
-    trial = protocol.trial(protocol.numbers(config.data.trials)[0])
+    trial, = protocols.add_distractors([protocol.trial(protocol.numbers(config.data.trials)[0])],
+                                       config.evaluate.get("extra_gallery", ""), config.data)
     if trial.train is not None and trial.train.fingerprint() != run.label_map["fingerprint"]:
         raise UserError(f"{workdir} was trained on another version of {trial.dataset} than the one in data.data_dir; "
                         "give --data_dir of the data that it was trained on")
@@ -304,7 +306,7 @@ def _choose(precisions: np.ndarray, per_group: int) -> dict[str, list[int]]:
 
 def _ranked_list(trial: Trial, names: _Names, group: str, q: int, query: np.ndarray, gallery: np.ndarray,
                  first_ranks: np.ndarray, precisions: np.ndarray) -> dict[str, Any]:
-    distances = metrics.l2_distances(query[[q]], gallery)[0]
+    distances = l2_distances(query[[q]], gallery)[0]
     ranked = pictures.ranked_gallery(trial, q, distances, TOP_K)
 
     def crop(split: Split, index: int) -> dict[str, Any]:
@@ -376,7 +378,7 @@ def _histogram(trial: Trial, query: np.ndarray, gallery: np.ndarray, thresholds:
     """
     number = min(len(query), max(1, _DISTANCES // len(gallery)))
     rows = np.sort(np.random.default_rng(_SEED).permutation(len(query))[:number])
-    distances = metrics.l2_distances(query[rows], gallery)
+    distances = l2_distances(query[rows], gallery)
     equal = trial.query.identities[rows, None] == trial.gallery.identities
     same = distances[equal & (trial.query.cameras[rows, None] != trial.gallery.cameras)]
     different = distances[~equal & (trial.gallery.identities >= DISTRACTOR)]

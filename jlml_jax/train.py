@@ -132,18 +132,21 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     check_input_size(config.data.height, config.data.width, config.model.num_strips)
     evaluate.check_fields(config.evaluate)
 
+    add_distractors = functools.partial(protocols.add_distractors, name=config.evaluate.extra_gallery,
+                                        data=config.data)
     # A data set that is drawn here is drawn once.
     protocol = parallel.first_then_others(lambda: protocols.load(config.data.name, config.data))
     others = parallel.first_then_others(lambda: [
-        protocols.tests(name, config.data) for name in config.evaluate.datasets.split(",") if name])
+        add_distractors(protocols.tests(name, config.data)) for name in config.evaluate.datasets.split(",") if name])
 
     def check_runs():
         runs = []
-        for number in protocol.numbers(config.data.trials):
+        numbers = protocol.numbers(config.data.trials)
+        for number, trial in zip(numbers, add_distractors(map(protocol.trial, numbers)), strict=True):
             of_trial = config.copy_and_resolve_references()
             of_trial.data.trials = str(number)
             folder = workdir / f"trial-{number:02d}" if protocol.num_trials > 1 else workdir
-            runs.append(_check_run(of_trial, folder, protocol.trial(number), others, mesh, mode, source))
+            runs.append(_check_run(of_trial, folder, trial, others, mesh, mode, source))
         return runs
 
     runs = parallel.together(check_runs)
@@ -336,14 +339,14 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
             single_query = dataclasses.replace(trial, multi_query=None)
             rows.append(evaluate.evaluate_trials([single_query], untrained, config.evaluate)[-1]
                         | {"feature": "untrained network"})
-        rows += evaluate.evaluate_trials([trial], features, config.evaluate)
+        rows += evaluate.evaluate_trials([trial], features, config.evaluate, evaluate.products_on(run.mesh))
         if config.evaluate.picture and jax.process_index() == 0:
             joint = [list(evaluate.matching_features(features(split), config.evaluate.normalize).values())[-1]
                      for split in (trial.query, trial.gallery)]
             pictures.ranked_lists(trial, *joint, run.workdir / "ranked.png")
     for tests in run.others:
         rows += [row | {"trained_on": trial.dataset} for row in evaluate.evaluate_trials(
-            tests, evaluate.FeatureCache(extract(trained)), config.evaluate)]
+            tests, evaluate.FeatureCache(extract(trained)), config.evaluate, evaluate.products_on(run.mesh))]
     if rows:
         print(evaluate.format_rows(rows), flush=True)
     else:

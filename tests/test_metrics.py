@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from reference_ranking import assert_equal, score, score_single_shot, single_shot_draws, squared_distances
 
-from jlml_jax import metrics
+from jlml_jax import distances, metrics
+from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError
 
 
@@ -114,7 +115,7 @@ def test_result_does_not_depend_on_the_chunk_size(monkeypatch):
     rng = np.random.default_rng(0)
     labels = random_labels(rng, 50, 80)
     query, gallery = rng.normal(size=(50, 16)), rng.normal(size=(80, 16))
-    distances = metrics.l2_distances(query, gallery)
+    distances = l2_distances(query, gallery)
     whole = metrics.rank_metrics(distances, *labels)
     assert_equal(whole, score(distances.tolist(), *labels, 50))
     for size in (1, 2, 7, 49):
@@ -209,7 +210,7 @@ def test_empty_sides():
         metrics.evaluate_ranking(np.ones((0, 3)), np.ones((2, 3)), [], [1, 2], [], [1, 1])
     with pytest.raises(UserError, match="1 query and 0 gallery"):
         metrics.rank_metrics(np.ones((1, 0)), [1], [], [1], [])
-    assert metrics.l2_distances(np.ones((2, 3)), np.ones((0, 3))).shape == (2, 0)
+    assert l2_distances(np.ones((2, 3)), np.ones((0, 3))).shape == (2, 0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -223,11 +224,11 @@ def test_refuses_values_that_are_not_finite(bad):
         with pytest.raises(UserError, match="gallery features: row 1 "):
             metrics.evaluate_ranking(np.ones((3, 3)), matrix, *labels)
         with pytest.raises(UserError, match="query features: row 1 "):
-            metrics.l2_distances(matrix, np.ones((3, 3)))
+            l2_distances(matrix, np.ones((3, 3)))
     large = np.ones((5000, 300), np.float32)
     large[4321, 7] = bad
     with pytest.raises(UserError, match="gallery features: row 4321 "):
-        metrics.l2_distances(large[:1], large)
+        l2_distances(large[:1], large)
 
 
 def test_refuses_shapes_and_labels_that_do_not_fit():
@@ -280,7 +281,7 @@ def test_l2_distances_agree_with_float64(name, query, gallery):
         query, gallery = query.astype(np.float32), gallery.astype(np.float32)
     gallery = np.concatenate([gallery, query[:3]])
     expected = np.sqrt(((query[:, None].astype(np.float64) - gallery) ** 2).sum(axis=2))
-    distances = metrics.l2_distances(query, gallery)
+    distances = l2_distances(query, gallery)
     assert distances.dtype == np.float32
     assert (distances >= 0).all()
     np.testing.assert_allclose(distances, expected, rtol=5e-6)  # two so exact cannot change order if 1e-5 apart
@@ -290,12 +291,12 @@ def test_l2_distances_agree_with_float64(name, query, gallery):
 
 def test_centring_leaves_little_to_sum_anew(monkeypatch):
     """Correct without it, but slow: nearly all pairs would go the exact way. So shut that way, and see."""
-    monkeypatch.setattr(metrics, "_CLOSE", 0)
+    monkeypatch.setattr(distances, "_CLOSE", 0)
     for name, query, gallery in feature_sets():
         if name in ("plain", "far from the origin", "one large constant dimension"):
             query, gallery = query.astype(np.float32), gallery.astype(np.float32)
             expected = np.sqrt(((query[:, None].astype(np.float64) - gallery) ** 2).sum(axis=2))
-            np.testing.assert_allclose(metrics.l2_distances(query, gallery), expected, rtol=5e-6)
+            np.testing.assert_allclose(l2_distances(query, gallery), expected, rtol=5e-6)
 
 
 def test_l2_distances_accept_what_extractors_give():
@@ -304,4 +305,4 @@ def test_l2_distances_accept_what_extractors_give():
     features = np.arange(12).reshape(3, 4)
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
         given = jnp.asarray(features, dtype)
-        np.testing.assert_allclose(metrics.l2_distances(given, given)[0], [0, 8, 16])
+        np.testing.assert_allclose(l2_distances(given, given)[0], [0, 8, 16])

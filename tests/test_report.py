@@ -15,6 +15,7 @@ from configs import default
 from jlml_jax import evaluate, metrics, parallel, pictures, protocols, report
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.folder import Folder
+from jlml_jax.distances import l2_distances
 from jlml_jax.models import build_model
 from jlml_jax.pictures import Curve
 
@@ -195,7 +196,7 @@ def test_lists_are_the_worst_the_best_and_others(page, shop):
 
 def test_a_list_is_ranked_as_the_metrics_rank(shop):
     _, _, trial, (query, gallery) = shop
-    distances = metrics.l2_distances(query["joint"], gallery["joint"])
+    distances = l2_distances(query["joint"], gallery["joint"])
     distances[:] = np.round(distances, 1)  # ties: the wrong image is first
     for q in range(len(trial.query)):
         ranked = pictures.ranked_gallery(trial, q, distances[q], 100)
@@ -227,7 +228,7 @@ def test_the_same_run_gives_the_same_page(shop, tmp_path):
 
 def test_thresholds_are_marked_and_stale_ones_refused(shop, page, tmp_path, capsys):
     workdir, _, trial, (query, gallery) = shop
-    distances = metrics.l2_distances(query["joint"], gallery["joint"])
+    distances = l2_distances(query["joint"], gallery["joint"])
     same = trial.query.identities[:, None] == trial.gallery.identities
     same_pairs = distances[same & (trial.query.cameras[:, None] != trial.gallery.cameras)]
     cells = [text for _, text in page.all("td")]

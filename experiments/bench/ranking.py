@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments.bench.timing import ratio_of, time_in_turn
 from jlml_jax import metrics
+from jlml_jax.distances import l2_distances
 
 NUM_QUERIES, NUM_GALLERY, NUM_DISTRACTORS = 3_368, 15_913, 2_798  # without junk
 NUM_IDENTITIES, NUM_CAMERAS, DIM, MAX_RANK = 750, 6, 1_024, 50
@@ -57,7 +58,7 @@ def loop_over_queries(distances: np.ndarray, query_ids: np.ndarray, gallery_ids:
 def bench_evaluate(repeats: int) -> dict:
     """Seconds from distances and from features, ours and the loop's, and the peak memory of ours from features."""
     (query, gallery), labels = made_up()
-    distances = metrics.l2_distances(query, gallery)
+    distances = l2_distances(query, gallery)
 
     def loop_from_features():
         squares = (query**2).sum(1)[:, None] + (gallery**2).sum(1) - 2 * query @ gallery.T

@@ -1,13 +1,15 @@
 """The data sets by name: one TFDS builder a benchmark."""
 
+import dataclasses
 import importlib
 import os
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.base import DISTRACTOR, PersonDatasetBuilder, Split
 from jlml_jax.errors import UserError
 
 # Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
@@ -43,6 +45,15 @@ def load(name: str, splits: tuple[str, ...], data_dir: str | None = None) -> dic
     """Those of `splits` that a prepared data set has. A data set that is drawn, not downloaded, is drawn if need be."""
     dataset = _prepared(name, data_dir)
     return {split: dataset.load_split(split) for split in splits if split in dataset.info.splits}
+
+
+def load_distractors(name: str, data_dir: str | None = None) -> list[Split]:
+    """All splits of a prepared data set of crops, as images of nobody (identity 0), which are left on disk."""
+    dataset = _prepared(name, data_dir)
+    if not isinstance(dataset, PersonDatasetBuilder):
+        raise UserError(f"{name} has no crops of people, or of what a detector takes for them; give another data set")
+    splits = [dataset.load_stored_split(split) for split in dataset.info.splits]
+    return [dataclasses.replace(split, identities=np.full(len(split), DISTRACTOR)) for split in splits]
 
 
 def metadata(name: str, data_dir: str | None = None) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
-from jlml_jax.datasets.stored import StoredImages, open_split, read_examples
+from jlml_jax.datasets.stored import EXAMPLES_AT_ONCE, StoredImages, open_split, read_examples
 from jlml_jax.errors import UserError
 
 JUNK = -1
@@ -96,12 +97,31 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
                                 ) from error
         examples.sort(key=lambda example: example["name"])
         return Split(
-            dataset="/".join([self.name, *([self.builder_config.name] if self.builder_config else [])]),
+            dataset=self._full_name(),
             images=[example["image"] for example in examples],
             identities=np.array([example["identity"] for example in examples], np.int64),
             cameras=np.array([example["camera"] for example in examples], np.int64),
             names=np.array([example["name"].decode() for example in examples]),
         )
+
+
+    def load_stored_split(self, split: str) -> "Split":
+        """A prepared split in the order on disk, its images left there, after all were read once. No TensorFlow."""
+        if self.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise UserError(f"{self.data_path} is in the format {self.info.file_format.value}, which is not read by "
+                            "index; remove the folder and prepare it again")
+        source = open_split(self, split)
+        identities, cameras = np.empty((2, len(source)), np.int64)
+        names, digests = [], np.empty((len(source), hashlib.sha256().digest_size), np.uint8)
+        for row, example in enumerate(tqdm(read_examples(source), f"reading {self.name} {split}", len(source),
+                                           unit=" images", leave=False, disable=None)):
+            identities[row], cameras[row] = example["identity"], example["camera"]
+            names.append(example["name"].decode())
+            digests[row] = np.frombuffer(hashlib.sha256(example["image"]).digest(), np.uint8)
+        return Split(self._full_name(), StoredImages(source, digests), identities, cameras, np.array(names))
+
+    def _full_name(self) -> str:
+        return "/".join([self.name, *([self.builder_config.name] if self.builder_config else [])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,27 +285,32 @@ class Split:
         images = self.images.select(indices) if isinstance(self.images, StoredImages) else self.read(indices)
         return Split(self.dataset, images, self.identities[indices], self.cameras[indices], self.names[indices])
 
+    def keys(self) -> Iterator[bytes]:
+        """What tells images apart: the encoded files; for images on disk, which are not read, their SHA-256."""
+        return iter(self.images.digests() if isinstance(self.images, StoredImages) else self.images)
+
     def fingerprint(self) -> str:
         """SHA-256 over names, annotation and encoded images: equal exactly when the split is.
 
         Images on disk are not read: their own SHA-256 stand for them.
         """
-        images = self.images.digests() if isinstance(self.images, StoredImages) else self.images
         digest = hashlib.sha256()
-        for name, identity, camera, image in zip(self.names, self.identities, self.cameras, images, strict=True):
+        for name, identity, camera, image in zip(self.names, self.identities, self.cameras, self.keys(), strict=True):
             digest.update(f"{name}\0{identity}\0{camera}\0{len(image)}\0".encode())
             digest.update(image)
         return digest.hexdigest()
 
     def decode(self, height: int, width: int) -> np.ndarray:
         """All images as one uint8 array [N, height, width, 3], resized by an antialiased triangle filter."""
-        def decode(index: int) -> np.ndarray:
-            return decode_image(self.images[index], f"{self.dataset}: {self.names[index]}", height, width)
+        def decode(index: int, encoded: bytes) -> np.ndarray:
+            return decode_image(encoded, f"{self.dataset}: {self.names[index]}", height, width)
 
         decoded = np.empty((len(self), height, width, 3), np.uint8)
         with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes and resizes
-            for index, image in enumerate(pool.map(decode, range(len(self)))):
-                decoded[index] = image
+            for start in range(0, len(self), EXAMPLES_AT_ONCE):
+                indices = np.arange(start, min(start + EXAMPLES_AT_ONCE, len(self)))
+                for index, image in zip(indices, pool.map(decode, indices, self.read(indices)), strict=True):
+                    decoded[index] = image
         return decoded
 
 
