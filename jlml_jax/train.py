@@ -46,7 +46,7 @@ from jlml_jax.checkpoints import (
     refuse_other_network,
     write_atomically,
 )
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.base import Split, refuse_address
 from jlml_jax.errors import UserError
 from jlml_jax.logs import TrainingLog
 from jlml_jax.models import build_model, check_input_size, init_variables
@@ -118,6 +118,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         raise UserError(f"--mode={mode} is unknown; known are {', '.join(MODES)}")
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+    refuse_address("--workdir", workdir)
     workdir = Path(workdir)
     mesh = parallel.make_mesh()
     code = {field: source[field] for field in ("commit", "source_sha256", "versions")}

@@ -29,6 +29,8 @@ def run_main(*arguments, folder, **environment):
     (["--config=configs/nothing.py"], "configs/nothing.py"),
     (["--mode=test"], "train_and_evaluate|train|evaluate"),
     (["configs/default.py"], "unexpected argument 'configs/default.py'"),
+    (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is an address, not a folder: give one on a file system"),
+    (["--config.data.data_dir=gs://bucket/data"], "data_dir=gs://bucket/data is an address, not a folder"),
     ([f"--config={ROOT / 'configs' / 'cuhk03.py'}", "--config.data.data_dir=nowhere"],
      "cuhk03/labeled is not prepared in nowhere. Get cuhk03_release.zip from the authors (see the homepage),"),
 ])
@@ -37,7 +39,7 @@ def test_what_the_user_can_mend_is_told_in_one_line(tmp_path, arguments, message
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_config_is_a_delta_over_the_default():

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from jlml_jax.datasets.base import DISTRACTOR, PersonDatasetBuilder, Split
+from jlml_jax.datasets.base import DISTRACTOR, PersonDatasetBuilder, Split, refuse_address
 from jlml_jax.errors import UserError
 
 # Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
@@ -30,6 +30,7 @@ NAMES = tuple(sorted(_BUILDERS))
 
 def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of data set `name`; `data_dir` defaults to TFDS's own (~/tensorflow_datasets)."""
+    refuse_address("data_dir", data_dir)
     family, _, config = name.partition("/")
     known = "folder/NAME" if family == "folder" else name
     if known not in _BUILDERS:

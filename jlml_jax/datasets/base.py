@@ -124,6 +124,13 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
         return "/".join([self.name, *([self.builder_config.name] if self.builder_config else [])])
 
 
+def refuse_address(what: str, path: str | Path | None) -> None:
+    """A UserError if `path` is an address, such as gs://mine/data, of which pathlib would make a folder `gs:`."""
+    if re.match("[a-z][a-z0-9]*:/", str(path or "")):
+        raise UserError(f"{what}={path} is an address, not a folder: give one on a file system, such as a disk or a "
+                        "share that is mounted here")
+
+
 @dataclasses.dataclass(frozen=True)
 class Crop:
     """One image of a benchmark's original files, not yet read."""
