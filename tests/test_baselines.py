@@ -3,7 +3,7 @@ import colorsys
 import numpy as np
 import pytest
 
-from jlml_jax.baselines import HISTOGRAM_METRICS, NUM_STRIPES, color_histogram, rgb_to_hsv
+from jlml_jax.baselines import HISTOGRAM_METRICS, NUM_STRIPES, color_histogram, random_distances, rgb_to_hsv
 
 
 @pytest.fixture
@@ -59,6 +59,19 @@ def test_distances(name, images):
     }[name]
     for q, g in ((0, 1), (4, 7), (3, 0)):
         np.testing.assert_allclose(distances[q, g], formula(histograms[q], histograms[g]), rtol=1e-4)
+
+
+def test_random_distances_are_even_and_the_same_in_any_block():
+    rows, columns = np.arange(200), np.arange(300)
+    whole = random_distances(3, 300, rows, columns)
+    assert whole.dtype == np.uint32 and len(np.unique(whole)) > 59_990
+    counts = np.histogram(whole, 16, (0, 2**32))[0]
+    assert np.abs(counts - 3750).max() < 5 * 3750**0.5
+    for axis in (0, 1):  # no query and no image is nearer than others
+        assert np.abs(whole.mean(axis=axis) / 2**32 - 0.5).max() < 5 * (12 * whole.shape[axis]) ** -0.5
+    chosen = np.array([7, 299, 0])
+    np.testing.assert_array_equal(random_distances(3, 300, rows[5:9], chosen), whole[5:9][:, chosen])
+    assert (random_distances(4, 300, rows, columns) != whole).mean() > 0.999
 
 
 BAD = [np.zeros((2, 12, 4, 3)), np.zeros((12, 4, 3), np.uint8), np.zeros((1, 5, 4, 3), np.uint8)]

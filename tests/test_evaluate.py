@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import math
+from unittest import mock
 
 import jax
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from PIL import Image
 
 from configs import default
-from jlml_jax import evaluate, parallel, pictures
+from jlml_jax import evaluate, metrics, parallel, pictures
 from jlml_jax.augment import normalise
 from jlml_jax.datasets.base import Split
+from jlml_jax.distances import numpy_products
 from jlml_jax.errors import UserError
 from jlml_jax.models import JLML, init_variables
 from jlml_jax.protocols import Trial
@@ -143,6 +145,40 @@ def test_a_feature_of_zeros_stays_finite(features):
 def test_an_unknown_normalisation_is_refused(features):
     with pytest.raises(UserError, match=r"evaluate\.normalize='l2'.*none, joint, per_branch"):
         evaluate.matching_features(features, "l2")
+
+
+def test_features_to_match_by_are_read_by_rows(features):
+    for normalize in evaluate.NORMALIZE:
+        for values in evaluate.matching_features(features, normalize).values():
+            whole = values[:]
+            assert whole.shape == values.shape and whole.dtype == values.dtype
+            np.testing.assert_array_equal(values[np.array([5, 0, 5])], whole[[5, 0, 5]])
+            whole[:] = 0  # what is read belongs to the reader
+            assert np.asarray(values).any()
+
+
+# --- products on the devices
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_distances_sharded_over_devices_rank_as_numpy_does(monkeypatch, num_devices):
+    monkeypatch.setattr(metrics, "BLOCK", 50)  # that the devices do not divide
+    rng = np.random.default_rng(0)
+    query, gallery = rng.normal(size=(30, 16)).astype(np.float32), rng.normal(size=(190, 16)).astype(np.float32)
+    labels = (rng.integers(1, 6, 30), rng.integers(-1, 9, 190), rng.integers(1, 3, 30), rng.integers(1, 3, 190))
+    products = evaluate.sharded_products(parallel.make_mesh(jax.devices()[:num_devices]))
+    np.testing.assert_allclose(products(gallery)(query), query @ gallery.T, rtol=1e-5, atol=1e-5)
+    sharded = metrics.evaluate_ranking(query, gallery, *labels, products=products)
+    expected = metrics.evaluate_ranking(query, gallery, *labels)
+    np.testing.assert_array_equal(sharded.cmc, expected.cmc)
+    assert (sharded.mean_ap, sharded.mean_inp) == (expected.mean_ap, expected.mean_inp)
+
+
+def test_products_are_on_the_devices_where_these_are_no_cpu():
+    mesh = parallel.make_mesh()
+    assert evaluate.products_on(mesh) is numpy_products
+    accelerator = mock.Mock(platform="gpu")
+    with mock.patch.object(evaluate, "sharded_products") as sharded:
+        assert evaluate.products_on(mock.Mock(local_devices=[accelerator])) is sharded.return_value
 
 
 # --- rows

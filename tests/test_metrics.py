@@ -127,6 +127,74 @@ def test_result_does_not_depend_on_the_chunk_size(monkeypatch):
             assert result.num_valid_queries == whole.num_valid_queries
 
 
+@pytest.mark.parametrize("block", [3, 40, 89])
+def test_result_does_not_depend_on_the_blocks(monkeypatch, block):
+    """Neither where the queried people fill several blocks, nor where one has them all; ties over blocks survive."""
+    rng = np.random.default_rng(0)
+    labels = random_labels(rng, 40, 90)
+    labels[1][20:] = np.where(rng.random(70) < 0.5, 0, labels[1][20:])  # distractors, for blocks without people
+    query = rng.integers(0, 3, (40, 4)).astype(np.float32)
+    gallery = rng.integers(0, 3, (90, 4)).astype(np.float32)
+    expected = score(squared_distances(query, gallery), *labels, 50)
+    given = l2_distances(query, gallery)
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    assert_equal(metrics.evaluate_ranking(query, gallery, *labels), expected, 1e-6)
+    assert_equal(metrics.rank_metrics(given, *labels), expected)
+    assert_equal(metrics.rank_blocks(lambda rows, columns: given[rows][:, columns], *labels), expected)
+    first_ranks, precisions = metrics.query_scores(query, gallery, *labels)
+    assert np.nanmean(precisions) == pytest.approx(expected[1], abs=1e-9)
+    assert np.mean(first_ranks[first_ranks > 0] <= 5) == pytest.approx(expected[0][4])
+
+
+class ReadOnce(distances.LazyRows):
+    """Rows that are computed, and a count of those handed out at a time."""
+
+    def __init__(self, values):
+        self._values, self.most = values, 0
+        self.shape, self.dtype = values.shape, values.dtype
+
+    def __getitem__(self, rows):
+        found = self._values[rows].copy()
+        self.most = max(self.most, len(found))
+        return found
+
+
+def test_a_gallery_may_be_read_lazily_and_is_never_read_whole(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 300)
+    monkeypatch.setattr(distances, "_READ_AT_ONCE", 64 * 16)
+    rng = np.random.default_rng(0)
+    labels = random_labels(rng, 50, 4000)
+    query, gallery = rng.normal(size=(50, 16)), rng.normal(size=(4000, 16)).astype(np.float32)
+    lazy = ReadOnce(gallery)
+    expected = metrics.evaluate_ranking(query, gallery, *labels)
+    result = metrics.evaluate_ranking(query, lazy, *labels)
+    np.testing.assert_array_equal(result.cmc, expected.cmc)
+    assert result.mean_ap == expected.mean_ap
+    assert lazy.most < 2048  # the sample that the centre is found from
+    np.testing.assert_array_equal(np.asarray(lazy), gallery)
+    gallery[3210, 3] = np.nan
+    with pytest.raises(UserError, match="gallery features: row 3210 "):
+        metrics.evaluate_ranking(query, lazy, *labels)
+
+
+def test_never_copies_the_gallery(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 500)
+    monkeypatch.setattr(metrics, "_CHUNK_DISTANCES", 1 << 14)
+    monkeypatch.setattr(distances, "_READ_AT_ONCE", 1 << 15)
+    rng = np.random.default_rng(0)
+    labels = (rng.integers(1, 50, 100), np.where(rng.random(20_000) < 0.9, 0, 7), np.ones(100, int),
+              np.full(20_000, 2))
+    labels[1][:50] = -1  # junk, which is left out
+    query, gallery = (rng.standard_normal((size, 256), np.float32) for size in (100, 20_000))
+    tracemalloc.start()
+    try:
+        metrics.evaluate_ranking(query, gallery, *labels)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < gallery.nbytes / 3
+
+
 def test_never_holds_all_distances(monkeypatch):
     monkeypatch.setattr(metrics, "_CHUNK_DISTANCES", 1 << 16)
     rng = np.random.default_rng(0)

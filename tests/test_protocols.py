@@ -27,6 +27,7 @@ from jlml_jax.datasets.base import Split
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import PARTITIONS, Grid
 from jlml_jax.datasets.market1501 import Market1501
+from jlml_jax.datasets.stored import StoredImages
 from jlml_jax.datasets.viper import Viper
 from jlml_jax.errors import UserError
 
@@ -38,6 +39,8 @@ SHOPS = {
     "queries_only": ["a.png,ann,1,query", "b.png,ann,2,query"],
     "gallery_only": ["a.png,ann,1,gallery", "b.png,ann,2,gallery"],
     "one_camera": ["a.png,ann,7,query", "b.png,bob,7,query", "c.png,ann,7,gallery", "d.png,bob,7,gallery"],
+    "strangers": ["a.png,distractor,1,gallery", "b.png,distractor,2,gallery", "c.png,junk,1,gallery",
+                  "d.png,zoe,3,train"],
     "unmatched": ["a.png,ann,1,query", "b.png,bob,1,query", "c.png,ann,2,gallery", "d.png,bob,1,gallery"],
 }
 
@@ -99,6 +102,49 @@ def names(split):
     unique = set(split.names.tolist())
     assert len(unique) == len(split)
     return unique
+
+
+# --- extra distractors
+
+@pytest.mark.parametrize("name", ["market1501", "cuhk03/labeled"])
+def test_extra_distractors_join_the_gallery_and_stay_on_disk(config, name):
+    trial = protocols.load(name, config.data).trial(0)
+    larger, = protocols.add_distractors([trial], "folder/strangers", config.data)
+    assert isinstance(larger.gallery.images, StoredImages)
+    assert larger.protocol == f"{trial.protocol}, 4 extra distractors"
+    size = len(trial.gallery)
+    assert larger.gallery.identities[:size].tolist() == trial.gallery.identities.tolist()
+    assert larger.gallery.identities[size:].tolist() == [0] * 4
+    assert sorted(larger.gallery.names[size:]) == [f"{letter}.png" for letter in "abcd"]
+    assert list(larger.gallery.images)[:size] == list(trial.gallery.images)
+    order = np.array([size + 1, 2, size + 3, 2, 0])  # in any order, from both parts at once
+    for index, image, pixels in zip(order, larger.gallery.read(order), larger.gallery.select(order).decode(4, 2),
+                                    strict=True):
+        assert image == larger.gallery.images[index]
+        if index >= size:
+            assert (pixels == ord(larger.gallery.names[index][0])).all()
+    assert len(set(larger.gallery.keys())) == len(set(trial.gallery.images)) + 4
+    assert larger.train is trial.train and larger.query is trial.query
+
+    config.evaluate.multi_query = "mean"
+    rows = evaluate.evaluate_trials([larger], evaluate.FeatureCache(features_of), config.evaluate)
+    assert_rows(rows, [larger], config)
+    assert {row["protocol"].rpartition(", ")[2] for row in rows} == {"4 extra distractors"}
+
+
+def test_no_extra_distractors(config):
+    trials = trials_of("market1501", config)
+    assert protocols.add_distractors(trials, "", config.data) == trials
+    train_only = trials_of("folder/train_only", config)
+    assert protocols.add_distractors(train_only, "folder/strangers", config.data) == train_only
+
+
+def test_the_people_searched_for_are_no_distractors(config):
+    with pytest.raises(UserError, match="evaluate.extra_gallery='cuhk03/detected' has the very people"):
+        protocols.add_distractors([protocols.load("cuhk03/labeled", config.data).trial(0)], "cuhk03/detected",
+                                  config.data)
+    with pytest.raises(UserError, match="folder/nobody is not prepared"):
+        protocols.add_distractors(trials_of("market1501", config), "folder/nobody", config.data)
 
 
 # --- who is train, query and gallery
@@ -413,7 +459,7 @@ def expected_rows(trials, extract, config):
         labels = [values.tolist() for values in evaluate.labels_of(trial)]
         queries = {trial.protocol: matching["query"]}
         if trial.multi_query is not None and config.multi_query:
-            queries["multi-query"] = {
+            queries[trial.protocol.replace("single", "multi")] = {
                 feature: pool_by_loops(trial, vectors, matching["multi_query"][feature], config.multi_query)
                 for feature, vectors in matching["query"].items()}
         for protocol, query in queries.items():
