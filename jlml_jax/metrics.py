@@ -241,7 +241,10 @@ def _score(
     at most as far. That number is a sum over blocks of the gallery, in each of them a look-up in the sorted distances;
     sorting values alone is several times faster than argsort.
     """
-    matches = _People(labels, columns).matches
+    cameras, codes = np.unique(np.concatenate([labels.query_cameras, labels.gallery_cameras]), return_inverse=True)
+    query_codes, gallery_codes = np.split(codes, [len(labels.query_ids)])
+    labels = labels._replace(query_cameras=query_codes, gallery_cameras=gallery_codes)
+    matches = _People(labels, len(cameras), columns).matches
     rows = np.flatnonzero((labels.query_ids >= 1) & (matches > 0))
     if not rows.size:
         return rows, rows, np.empty((3, 0))
@@ -251,7 +254,7 @@ def _score(
     wrong = [np.zeros(count, np.int64) for count in counts]  # images at most as far as each of them
 
     def visit(block: np.ndarray, collect: bool, count: bool) -> None:
-        people, distances = _People(labels, block), distances_to(block)
+        people, distances = _People(labels, len(cameras), block), distances_to(block)
 
         def visit_chunk(chunk: np.ndarray) -> None:
             for number, row in zip(chunk, distances(rows[chunk]), strict=True):
@@ -296,17 +299,16 @@ def _blocks(labels: _Labels, columns: np.ndarray, rows: np.ndarray) -> tuple[lis
 class _People:
     """Where the images of each query's identity lie among gallery `columns`.
 
-    Sorted by (identity, camera), they are the run [begin, end), those to ignore [skip, resume) in it.
+    Sorted by (identity, camera), they are the run [begin, end), those to ignore [skip, resume) in it. Cameras are
+    numbered from 0 to `num_cameras` - 1.
     """
 
-    def __init__(self, labels: _Labels, columns: np.ndarray):
-        cameras, codes = np.unique(np.concatenate([labels.query_cameras, labels.gallery_cameras]), return_inverse=True)
-        query_codes, gallery_codes = np.split(codes, [len(labels.query_cameras)])
-        keys = labels.gallery_ids[columns] * len(cameras) + gallery_codes[columns]
+    def __init__(self, labels: _Labels, num_cameras: int, columns: np.ndarray):
+        keys = labels.gallery_ids[columns] * num_cameras + labels.gallery_cameras[columns]
         self._order = np.argsort(keys, kind="stable")
-        people = labels.query_ids * len(cameras)
-        same = people + query_codes
-        bounds = keys[self._order].searchsorted([people, same, same + 1, people + len(cameras)])
+        people = labels.query_ids * num_cameras
+        same = people + labels.query_cameras
+        bounds = keys[self._order].searchsorted([people, same, same + 1, people + num_cameras])
         begins, skips, resumes, ends = bounds
         self.matches = ends - begins - (resumes - skips)  # true ones, of each query
         self._bounds = bounds.T.tolist()
