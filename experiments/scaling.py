@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from PIL import Image
@@ -69,9 +68,7 @@ class Counts:
 
 def count(config: ml_collections.ConfigDict, num_classes: int) -> Counts:
     """Computes nothing but shapes."""
-    model = build_model(config, num_classes)
-    images = jnp.zeros((1, config.data.height, config.data.width, 3))
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
+    variables, multiply_adds = size.trace(build_model(config, num_classes), config.data.height, config.data.width)
     params = variables["params"]
     means = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables["batch_stats"])
              if path[-1].key == "mean"]
@@ -85,7 +82,7 @@ def count(config: ml_collections.ConfigDict, num_classes: int) -> Counts:
         gradient_reductions=len(jax.tree.leaves(params)), norm_layers=len(means),
         norm_channels=sum(leaf.shape[0] for _, leaf in means),
         norm_sequence=stems + max(number for tower, number in in_line.items() if "tower" in tower),
-        multiply_adds=size.measure(config, config.data.height, config.data.width).multiply_adds)
+        multiply_adds=multiply_adds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +110,8 @@ SLICES = (
           "https://docs.cloud.google.com/tpu/docs/v5e"),
     Slice("v6e, 16 chips", 16, 4, 918e12, "bfloat16, TPU's default for float32", 800e9, 0.25, (5e-6, 20e-6),
           "https://docs.cloud.google.com/tpu/docs/v6e"),
-    Slice("8 x H100 SXM, NVLink", 8, 1, 494.5e12, "TF32 without sparsity, cuDNN's default for float32", 900e9, 0.5,
-          (10e-6, 30e-6), _H100),
+    Slice("8 x H100 SXM, NVLink", 8, 1, 494.5e12, "TF32, the default for float32; half of that with sparsity",
+          900e9, 0.5, (10e-6, 30e-6), _H100),
 )
 
 
@@ -242,20 +239,21 @@ def page(counts: Counts, decoding: dict, steps: int, source: dict) -> str:
         "8 GPUs: below or about these bounds, so that few devices are nearly as good as many.",
         "## ImageNet pre-training",
         f"{steps:,} steps of {GLOBAL_BATCH} ({steps * GLOBAL_BATCH / 1e6:.1f} million images), evaluation and "
-        f"checkpoints left out; and as many images in batches of {LARGE_BATCH} a device, which is another recipe (the paper has "
-        "none for it):",
-        markdown_table(["", f"minutes, batch {GLOBAL_BATCH}", "per cent of it computing", "the larger batch", "minutes"],
-                       times),
+        f"checkpoints left out; and as many images in batches of {LARGE_BATCH} a device, which is another recipe (the "
+        "paper has none for it):",
+        markdown_table(["", f"minutes, batch {GLOBAL_BATCH}", "per cent of it computing", "the larger batch",
+                        "minutes"], times),
         "## Input",
         f"Measured here: {decoding['images_per_core_second']:,.0f} images a second of one core's time, JPEG of "
         f"{decoding['mean_file_bytes'] / 1e3:.0f} kB and 500x375 pixels to 224x224 by tf.data (on {decoding['cores']} "
         f"cores of a virtual machine at a load average of {decoding['load_average']:.1f}; by the clock "
         f"{decoding['images_per_second']:,.0f} images/s). Decoding the images of a whole pre-training takes "
-        f"{steps * GLOBAL_BATCH / decoding['images_per_core_second'] / 3600:,.0f} core-hours. What a process would have "
-        "to decode so that its devices never wait, and how many such cores that takes:",
-        markdown_table(["", f"images/s, batch {GLOBAL_BATCH}", "cores", f"images/s, {LARGE_BATCH} a device", "cores"], inputs),
-        "So it is decoding that sets the time of pre-training on any of these: their hosts have 100 to 200 cores or so, "
-        "shared by the processes. The four benchmarks need none of this: they lie decoded in the devices' memory.",
+        f"{steps * GLOBAL_BATCH / decoding['images_per_core_second'] / 3600:,.0f} core-hours. What a process would "
+        "have to decode so that its devices never wait, and how many such cores that takes:",
+        markdown_table(["", f"images/s, batch {GLOBAL_BATCH}", "cores", f"images/s, {LARGE_BATCH} a device", "cores"],
+                       inputs),
+        "A process with fewer cores than that is what sets the time of pre-training, not its devices. The four "
+        "benchmarks need none of this: they lie decoded in the devices' memory.",
         f"Commit {(source['commit'] or 'unknown')[:7]}, jax {source['versions']['jax']}."]) + "\n"
 
 

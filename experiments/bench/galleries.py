@@ -60,7 +60,8 @@ def measure(num_queries: int, num_gallery: int) -> dict:
                                     default.get_config().evaluate)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return {"queries": num_queries, "gallery": num_gallery, "seconds": seconds,
-            "cpu_seconds": cpu_seconds, "cpu_microseconds_a_gallery_image": 1e6 * cpu_seconds / num_gallery, "peak_memory_mib": _peak_mib(),
+            "cpu_seconds": cpu_seconds, "cpu_microseconds_a_gallery_image": 1e6 * cpu_seconds / num_gallery,
+            "peak_memory_mib": _peak_mib(),
             "peak_memory_mib_before_ranking": before, "features_mib": num_gallery * 2 * BRANCH_DIM * 4 / 2**20,
             "mean_ap": rows[-1]["mean_ap"]}
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,18 @@ def measure(config: ml_collections.ConfigDict, height: int, width: int) -> Size:
     """Counts the evaluation forward of `config.model` on one image; computes nothing but shapes."""
     check_input_size(height, width, config.model.num_strips)
     model = JLML(0, **config.model)
+    variables, multiply_adds = trace(model, height, width)
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    towers = [name for name in variables["params"] if "tower" in name]
+    convs = sum(layer in ("conv1", "conv2", "conv3") for unit in variables["params"][towers[0]].values()
+                for layer in unit)
+    return Size(multiply_adds, jax.jit(model.apply).lower(variables, images).cost_analysis()["flops"],
+                sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])), 1 + convs + 2,
+                len(towers))
+
+
+def trace(model: JLML, height: int, width: int) -> tuple[dict[str, Any], int]:
+    """The shapes of the variables, and the multiply-adds of one image's evaluation forward."""
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     variables = jax.eval_shape(functools.partial(model.init, capture_intermediates=True, mutable=True),
                                jax.random.key(0), images)
@@ -44,12 +57,7 @@ def measure(config: ml_collections.ConfigDict, height: int, width: int) -> Size:
         *module, leaf = (key.key for key in path)
         if leaf == "kernel":  # every output value costs its kernel's inputs
             multiply_adds += math.prod(outputs[tuple(module)]) * math.prod(kernel.shape[:-1])
-    towers = [name for name in variables["params"] if "tower" in name]
-    convs = sum(layer in ("conv1", "conv2", "conv3") for unit in variables["params"][towers[0]].values()
-                for layer in unit)
-    return Size(multiply_adds, jax.jit(model.apply).lower(variables, images).cost_analysis()["flops"],
-                sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])), 1 + convs + 2,
-                len(towers))
+    return variables, multiply_adds
 
 
 def write(config: ml_collections.ConfigDict) -> tuple[str, str]:
