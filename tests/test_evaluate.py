@@ -1,6 +1,9 @@
 import dataclasses
 import io
 import math
+import shutil
+import subprocess
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -9,13 +12,15 @@ import pytest
 from PIL import Image
 
 from configs import default
-from jlml_jax import evaluate, metrics, parallel, pictures
+from jlml_jax import evaluate, metrics, parallel, pictures, prepare, protocols
 from jlml_jax.augment import normalise
+from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.base import Split
 from jlml_jax.distances import numpy_products
 from jlml_jax.errors import UserError
 from jlml_jax.models import JLML, init_variables
 from jlml_jax.protocols import Trial
+from jlml_jax.train import train_and_evaluate
 
 FIELDS = {"dataset", "protocol", "trial", "feature", "normalize", "rank1", "rank5", "rank10", "rank20", "mean_ap",
           "mean_ap_trapezoid", "mean_inp", "num_queries", "num_gallery"}  # DESIGN.md, section 7
@@ -333,3 +338,28 @@ def test_crops_of_a_picture_are_where_they_belong(tmp_path):
 def test_a_picture_that_cannot_be_written_is_told(hand_made, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         pictures.ranked_lists(*hand_made, tmp_path / "nowhere" / "ranked.png")
+
+
+# --- extra distractors
+
+def test_a_run_is_evaluated_against_extra_distractors(tiny_run, tmp_path):
+    """Prepared by the commands that docs/large_galleries.md gives."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    config = load_run(tiny_run).config
+    rng = np.random.default_rng(0)
+    (tmp_path / "distractors" / "more").mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (8, 4, 3), np.uint8)).save(
+            tmp_path / "distractors" / "more" / f"{number}.jpg")
+    page = (Path(__file__).parents[1] / "docs" / "large_galleries.md").read_text()
+    listing = next(line for line in page.splitlines() if line.startswith("(echo"))
+    subprocess.run(["bash", "-c", listing], cwd=tmp_path, check=True)
+    prepare.prepare("folder/distractors", tmp_path / "distractors" / "list.csv", config.data.data_dir)
+
+    config.evaluate.extra_gallery = "folder/distractors"
+    rows = train_and_evaluate(config, tmp_path / "run", "evaluate")
+    assert {row["protocol"] for row in rows} == {"single-query, 3 extra distractors",
+                                                 "multi-query, 3 extra distractors"}
+    trial = protocols.load("market1501", config.data).trial(0)
+    assert {row["num_gallery"] for row in rows} == {len(trial.gallery) + 3}
+    assert (tmp_path / "run" / "ranked.png").exists()
