@@ -231,6 +231,8 @@ def page(counts: Counts, decoding: dict, steps: int, source: dict) -> str:
         "- The latencies are our guess at what a step waits for, collectives' start included; no vendor prints them.\n"
         "- XLA joins the gradients into few all-reduces, and those of layers side by side into one. Nothing overlaps: "
         "gradients could, beside the backward pass, BN's cannot.\n"
+        "- Starting a kernel (some hundreds a step, microseconds each) and handing a step to the devices are left out. "
+        "At two to four images a device they weigh as much as the rest or more: the times below are lower bounds.\n"
         "- Backward is twice forward. Input never waits (but see below).",
         "## Where a slice stops scaling",
         "The batch a device below which a step sends for longer than it computes, by utilisation:",
