@@ -65,7 +65,7 @@ def features_of(workdir, images):
     forward = jax.jit(lambda variables, images: model.apply(variables, augment.normalise(images, saved.config.data)))
     features = {branch: np.asarray(values)
                 for branch, values in forward(saved.variables, images)["features"].items()}
-    return evaluate.matching_features(features, saved.config.evaluate.normalize)["joint"]
+    return evaluate.matching_features(features, saved.config.evaluate.normalize)["joint"][:]
 
 
 def consume(program, folder, blocked):
