@@ -109,14 +109,17 @@ def test_evaluation_holds_every_image_once(num_images, batch_size):
 
 # --- augmentation and normalisation
 
+FILL = 0.2, 0.4, 0.6
+
+
 def images_of(count=32, height=12, width=8):
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 @functools.cache
-def augmentation(flip, crop_padding, axis_name=None):
-    settings = ConfigDict({"flip": flip, "crop_padding": crop_padding})
-    return jax.jit(lambda key, images: augment(key, images, settings, axis_name))
+def augmentation(flip, crop_padding, axis_name=None, erasing_probability=0.0):
+    settings = ConfigDict({"flip": flip, "crop_padding": crop_padding, "erasing_probability": erasing_probability})
+    return jax.jit(lambda key, images: augment(key, images, settings, FILL, axis_name))
 
 
 def test_without_augmentation_nothing_changes():
@@ -148,12 +151,42 @@ def test_a_crop_is_the_image_shifted_by_at_most_the_padding():
     assert len(set(shifts.values())) == 25
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 32), (48, 48)])
+def test_a_rectangle_is_erased_as_in_the_paper(height, width):
+    """Zhong et al. 2020: in a share of the images, 2 to 40 % of the area, sides in a ratio of 0.3 to 1 / 0.3."""
+    images = np.full((4_000, height, width, 3), 255, np.uint8)
+    erase = augmentation(False, 0, erasing_probability=0.5)
+    erased = np.asarray(erase(jax.random.key(0), images))
+    gone = (erased != 255).all(-1)
+    np.testing.assert_array_equal(erased[gone], np.broadcast_to([51, 102, 153], (gone.sum(), 3)))
+    rows, columns = gone.any(2).sum(1), gone.any(1).sum(1)
+    np.testing.assert_array_equal(gone.sum((1, 2)), rows * columns)  # a whole rectangle, or none
+    chosen = rows > 0
+    assert abs(chosen.mean() - 0.5) < 0.03
+    rows, columns = rows[chosen], columns[chosen]
+    assert (rows < height).all() and (columns < width).all()
+    share = rows * columns / (height * width)
+    assert 0.015 < share.min() < 0.04 and 0.36 < share.max() < 0.43
+    ratio = rows / columns
+    assert 0.25 < ratio.min() < 0.4 and 2.9 < ratio.max() < 4
+    where = np.argwhere(gone)
+    assert where[:, 1].max() == height - 1 and where[:, 2].max() == width - 1 and where.min() == 0
+
+
+def test_erasing_leaves_flips_and_crops_as_they_were():
+    images, key = images_of(64), jax.random.key(0)
+    erased = np.asarray(augmentation(True, 2, erasing_probability=1.0)(key, images))
+    kept = (erased != np.round(255 * np.array(FILL))).any(-1)
+    np.testing.assert_array_equal(erased[kept], np.asarray(augmentation(True, 2)(key, images))[kept])
+    assert 0.5 < kept.mean() < 0.98
+
+
 def test_four_devices_augment_as_one():
     assert len(jax.devices()) == 4
     images, key = images_of(16), jax.random.key(0)
-    sharded = jax.jit(jax.shard_map(augmentation(True, 2, "batch"), mesh=parallel.make_mesh(), in_specs=(WHOLE, ROWS),
-                                    out_specs=ROWS))
-    np.testing.assert_array_equal(sharded(key, images), augmentation(True, 2)(key, images))
+    sharded = jax.jit(jax.shard_map(augmentation(True, 2, "batch", 0.5), mesh=parallel.make_mesh(),
+                                    in_specs=(WHOLE, ROWS), out_specs=ROWS))
+    np.testing.assert_array_equal(sharded(key, images), augmentation(True, 2, None, 0.5)(key, images))
 
 
 @pytest.mark.parametrize("mean, std", [((0.485, 0.456, 0.406), (1.0, 1.0, 1.0)), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))])

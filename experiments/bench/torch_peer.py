@@ -1,0 +1,159 @@
+"""The peer: JLML-ResNet39 in plain PyTorch, with our weights, so that both do the same work.
+
+Needs `pip install -e '.[bench]'`. Modules are named as in `jlml_jax.models`, so that a weight's path there is its path
+here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+import torch
+import torch.nn.functional as F
+from flax.traverse_util import flatten_dict
+from torch import nn
+
+from jlml_jax.models import JLML
+
+
+class ResidualUnit(nn.Module):
+    def __init__(self, channels: int, inner: int, outer: int, stride: int):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels, inner, 1, stride, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.norm2 = nn.Conv2d(inner, inner, 3, 1, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv3, self.norm3 = nn.Conv2d(inner, outer, 1, bias=False), nn.BatchNorm2d(outer)
+        self.shortcut = stride != 1 or channels != outer
+        if self.shortcut:
+            self.shortcut_conv = nn.Conv2d(channels, outer, 1, stride, bias=False)
+            self.shortcut_norm = nn.BatchNorm2d(outer)
+
+    def forward(self, x):
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = F.relu(self.norm2(self.conv2(y)), inplace=True)
+        y = self.norm3(self.conv3(y))
+        if self.shortcut:
+            x = self.shortcut_norm(self.shortcut_conv(x))
+        return F.relu(x + y, inplace=True)
+
+
+class Tower(nn.Sequential):
+    def __init__(self, channels: int, widths: tuple[int, ...], depth: int):
+        super().__init__()
+        for stage, width in enumerate(widths):
+            for unit in range(depth):
+                stride = 2 if stage > 0 and unit == 0 else 1
+                self.add_module(f"conv{stage + 2}_{unit + 1}", ResidualUnit(channels, width, 2 * width, stride))
+                channels = 2 * width
+
+    def forward(self, x):
+        return super().forward(x).mean((2, 3))
+
+
+class Stem(nn.Module):
+    def __init__(self, features: int):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, features, 3, 2, 1, bias=False), nn.BatchNorm2d(features)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)), inplace=True)
+
+
+class Head(nn.Module):
+    def __init__(self, channels: int, dim: int):
+        super().__init__()
+        self.fc = nn.Linear(channels, dim)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class TorchJLML(nn.Module):
+    """The network of `model` (both branches, a classifier a branch, a shared stem; no BN or ReLU on the features)."""
+
+    def __init__(self, model: JLML):
+        super().__init__()
+        self.num_strips = model.num_strips
+        self.stem = Stem(model.stem_features)
+        self.global_tower = Tower(model.stem_features, model.global_widths, model.depth)
+        for strip in range(model.num_strips):
+            self.add_module(f"local_tower_{strip}", Tower(model.stem_features, model.local_widths, model.depth))
+        self.global_head = Head(2 * model.global_widths[-1], model.global_feature_dim)
+        self.local_head = Head(2 * model.local_widths[-1] * model.num_strips, model.local_feature_dim)
+        self.global_identity = nn.Linear(model.global_feature_dim, model.num_identities)
+        self.local_identity = nn.Linear(model.local_feature_dim, model.num_identities)
+
+    def forward(self, images):
+        """Normalised images [B, 3, H, W] -> features and logits by branch."""
+        x = self.stem(images)
+        pooled = []
+        for strip, part in enumerate(x.chunk(self.num_strips, dim=2)):
+            # After the ReLU nothing is below the zero that the row below is padded with.
+            part = F.max_pool2d(F.pad(part, (0, 0, 0, 1)), 2, (1, 2))
+            pooled.append(getattr(self, f"local_tower_{strip}")(part))
+        features = {"global": self.global_head(self.global_tower(F.max_pool2d(x, 3, 2, 1))),
+                    "local": self.local_head(torch.cat(pooled, 1))}
+        return features, {"global": self.global_identity(features["global"]),
+                          "local": self.local_identity(features["local"])}
+
+    def load(self, variables: Mapping[str, Any]) -> "TorchJLML":
+        """Copies our `params` and `batch_stats`; every one of both sides must find its counterpart."""
+        state = {}
+        names = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+        for collection in variables.values():
+            for path, leaf in flatten_dict(collection).items():
+                array = np.asarray(leaf)
+                if path[-1] == "kernel":
+                    array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+                state[".".join((*path[:-1], names[path[-1]]))] = torch.tensor(array)
+        counters = {name for name, _ in self.named_buffers() if name.endswith("num_batches_tracked")}
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        if set(missing) - counters or unexpected:
+            raise ValueError(f"not the same network: {missing}, {unexpected}")
+        return self
+
+
+def normalise(images: torch.Tensor, data: ml_collections.ConfigDict) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], channels last in memory."""
+    mean, std = (torch.tensor(values, device=images.device) for values in (data.mean, data.std))
+    return ((images / 255.0 - mean) / std).permute(0, 3, 1, 2)
+
+
+def penalties(network: TorchJLML) -> tuple[torch.Tensor, torch.Tensor]:
+    """The l2,1 norm of the global feature layer and the exclusive l1,2 norm of the local one."""
+    strips = network.local_head.fc.weight.unflatten(1, (network.num_strips, -1))  # [out, strips, in]
+    return network.global_head.fc.weight.norm(dim=0).sum(), strips.abs().sum(2).square().sum()
+
+
+class Trainer:
+    """One step as one would write it: a batch from images on the device, flipped, SGD with momentum."""
+
+    def __init__(self, network: TorchJLML, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict, *,
+                 device: str, autocast: bool, compiled: bool):
+        self.network = network.to(device, memory_format=torch.channels_last).train()
+        self.images, self.labels = torch.tensor(images, device=device), torch.tensor(labels, device=device).long()
+        self.config, self.device, self.autocast = config, device, autocast
+        self.optimizer = torch.optim.SGD(network.parameters(), config.optim.learning_rate, config.optim.momentum)
+        self.loss = torch.compile(self._loss) if compiled else self._loss
+
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device, torch.bfloat16, self.autocast):
+            _, logits = self.network(normalise(images, self.config.data))
+        loss = sum(F.cross_entropy(values.float(), labels) for values in logits.values())
+        l21, l12 = penalties(self.network)
+        return loss + self.config.loss.lambda_global * l21 + self.config.loss.lambda_local * l12
+
+    def step(self, indices: torch.Tensor | None = None, flip: bool = True) -> torch.Tensor:
+        """The loss before the update; `indices` of the images, drawn if they are not given."""
+        size = self.config.train.batch_size
+        if indices is None:
+            indices = torch.randint(len(self.images), (size,), device=self.device)
+        images = self.images[indices]
+        if flip:
+            chosen = torch.rand(len(images), device=self.device) < 0.5
+            images = torch.where(chosen[:, None, None, None], images.flip(2), images)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(images, self.labels[indices])
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
