@@ -52,7 +52,7 @@ from jlml_jax.logs import TrainingLog
 from jlml_jax.models import build_model, check_input_size, init_variables
 from jlml_jax.protocols import Trial, namespace
 from jlml_jax.stopping import StopRequest
-from jlml_jax.train_step import Batch, TrainState, init_state, make_train_step, steps_per_dispatch
+from jlml_jax.train_step import Batch, TrainState, compute_dtype, init_state, make_train_step, steps_per_dispatch
 
 MODES = ("train_and_evaluate", "train", "evaluate")
 RESULTS = "results.json"
@@ -128,6 +128,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         raise UserError(f"seed={config.seed} is not a whole number from 0 to {2**32 - 1}")
     if config.train.accumulation_steps < 1:
         raise UserError(f"train.accumulation_steps={config.train.accumulation_steps} is less than 1")
+    compute_dtype(config.train.dtype)  # refuses an unknown one
     parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.accumulation_steps)
     parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
     check_input_size(config.data.height, config.data.width, config.model.num_strips)

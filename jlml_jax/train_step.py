@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jlml_jax import augment, device_data, losses, parallel
 from jlml_jax.checkpoints import SavedRun
 from jlml_jax.device_data import DeviceData
+from jlml_jax.errors import UserError
 from jlml_jax.models import init_variables, is_identity_layer
 from jlml_jax.parallel import BATCH_AXIS
 
@@ -57,6 +58,7 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
     Returns the next state and the step's metrics (scalars), both the same on every device.
     """
     parts = config.train.accumulation_steps
+    model = model.clone(dtype=compute_dtype(config.train.dtype))
     if isinstance(batch, DeviceData):
         images, labels = device_data.draw(batch, seed, state.step, config.train.batch_size, BATCH_AXIS, parts)
     else:
@@ -83,6 +85,19 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The type that `train.dtype` names, of convolutions and activations while training.
+
+    Whatever it is, parameters, BN statistics, feature layers, logits, penalties and the optimizer are float32, and so
+    is all inference: the features of an evaluation are those of `extract` and of an exported model.
+    """
+    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16,
+             "auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16}
+    if name not in known:
+        raise UserError(f"train.dtype={name!r} is unknown; known are auto, float32, bfloat16")
+    return known[name]
 
 
 def _accumulate(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, parts: int) -> tuple[Any, Any]:

@@ -194,6 +194,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
     ("evaluate.batch_size", 3, "evaluate.batch_size=3 does not divide over 4 devices"),
     ("train.batch_size", 4000, "larger than the training set"),
     ("seed", -1, "seed=-1 is not a whole number from 0 to 4294967295"),
+    ("train.dtype", "float16", "train.dtype='float16' is unknown; known are auto, float32, bfloat16"),
     ("data.height", 30, "data.height=30: half of it does not divide by model.num_strips=2"),
     ("data.name", "market1502", "unknown data set 'market1502'"),
     ("data.trials", "1", "data.trials='1' is not among the trials, 0 to 0"),

@@ -147,3 +147,16 @@ def test_a_seed_draws_its_own_batches_in_the_same_program(smooth_config):
               for seed in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
     assert step._cache_size() == 1
+
+
+def test_bfloat16_is_for_convolutions_alone(smooth_config):
+    """Close to float32, not equal to it, and what is kept stays float32."""
+    (wide, wide_metrics) = run_steps(smooth_config, 1, steps=1)
+    smooth_config.train.dtype = "bfloat16"
+    (narrow, narrow_metrics) = run_steps(smooth_config, 1, steps=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves((narrow.params, narrow.batch_stats, narrow.opt_state))
+            if leaf.ndim} == {np.dtype(np.float32)}
+    assert narrow_metrics[0]["penalty/global"] == wide_metrics[0]["penalty/global"]  # before the update: of the same weights
+    assert narrow_metrics[0]["loss"] == pytest.approx(wide_metrics[0]["loss"], rel=0.02)
+    assert narrow_metrics[0]["loss"] != wide_metrics[0]["loss"]
+    assert train_step.compute_dtype("auto") == np.float32  # on a CPU
