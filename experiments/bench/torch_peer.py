@@ -4,7 +4,9 @@ Needs `pip install -e '.[bench]'`. Modules are named as in `jlml_jax.models`, so
 here.
 """
 
-from collections.abc import Mapping
+import functools
+import io
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -12,9 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from torch import nn
 
 from jlml_jax.models import JLML
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class ResidualUnit(nn.Module):
@@ -125,35 +130,102 @@ def penalties(network: TorchJLML) -> tuple[torch.Tensor, torch.Tensor]:
     return network.global_head.fc.weight.norm(dim=0).sum(), strips.abs().sum(2).square().sum()
 
 
-class Trainer:
-    """One step as one would write it: a batch from images on the device, flipped, SGD with momentum."""
+def forwards(model: JLML, variables: Mapping[str, Any], images: np.ndarray, data: ml_collections.ConfigDict, dtype: str
+             ) -> dict[str, Callable[[], dict[str, np.ndarray]]]:
+    """Calls that give the features of `images` uint8 [B, H, W, 3] by branch, as one would write them in PyTorch.
 
-    def __init__(self, network: TorchJLML, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict, *,
-                 device: str, autocast: bool, compiled: bool):
-        self.network = network.to(device, memory_format=torch.channels_last).train()
-        self.images, self.labels = torch.tensor(images, device=device), torch.tensor(labels, device=device).long()
-        self.config, self.device, self.autocast = config, device, autocast
+    Eager, and on a GPU compiled too; channels last; with `dtype` bfloat16 under autocast.
+    """
+    network = TorchJLML(model).load(variables).eval().to(DEVICE, memory_format=torch.channels_last)
+    placed = torch.tensor(images, device=DEVICE)
+
+    def forward(placed):
+        with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, dtype == "bfloat16"):
+            return network(normalise(placed, data))[0]
+
+    def fetched(way):
+        features = way(placed)
+        _wait()
+        return features
+
+    return {f"torch {name}": functools.partial(fetched, way) for name, way in _ways(forward).items()}
+
+
+def _ways(function: Callable) -> dict[str, Callable]:
+    return {"eager": function} | ({"compiled": torch.compile(function)} if DEVICE == "cuda" else {})
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def check_agreement(ours: Mapping[str, np.ndarray], theirs: Mapping[str, torch.Tensor], dtype: str, name: str) -> None:
+    """An AssertionError if it is not the same work: features that differ by more than rounding explains."""
+    tolerance = 1e-4 if dtype == "float32" else 5e-2
+    for branch, values in ours.items():
+        other = theirs[branch].float().cpu().numpy()
+        difference = np.linalg.norm(values - other) / np.linalg.norm(other)
+        assert difference < tolerance, f"{name}: {branch} features differ by {difference:.2g} of their norm"
+
+
+class _Crops(torch.utils.data.Dataset):
+    def __init__(self, encoded: Sequence[bytes], size: tuple[int, int], padding: int, data: ml_collections.ConfigDict):
+        self.encoded, self.size, self.padding = encoded, size, padding
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+
+    def __len__(self):
+        return len(self.encoded)
+
+    def __getitem__(self, index):
+        height, width = self.size
+        image = Image.open(io.BytesIO(self.encoded[index])).convert("RGB").resize((width, height), Image.BILINEAR)
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if torch.rand(()) < 0.5:
+            image = image.flip(2)
+        padded = F.pad(image[None].float(), (self.padding,) * 4, mode="replicate")[0]
+        top, left = torch.randint(2 * self.padding + 1, (2,)).tolist()
+        return (padded[:, top:top + height, left:left + width] / 255 - self.mean) / self.std
+
+
+def loader(encoded: Sequence[bytes], height: int, width: int, batch_size: int, padding: int,
+           data: ml_collections.ConfigDict, workers: int) -> torch.utils.data.DataLoader:
+    """Shuffled, decoded, resized, flipped, cropped and normalised batches, by processes that stay."""
+    return torch.utils.data.DataLoader(_Crops(encoded, (height, width), padding, data), batch_size, shuffle=True,
+                                       drop_last=True, num_workers=workers, persistent_workers=True,
+                                       multiprocessing_context="forkserver")
+
+
+class Trainer:
+    """One step as one would write it: a batch from images on the device, autocast, SGD with momentum."""
+
+    def __init__(self, network: TorchJLML, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict,
+                 compiled: bool):
+        self.network = network.to(DEVICE, memory_format=torch.channels_last).train()
+        self.images, self.labels = torch.tensor(images, device=DEVICE), torch.tensor(labels, device=DEVICE).long()
+        self.config = config
         self.optimizer = torch.optim.SGD(network.parameters(), config.optim.learning_rate, config.optim.momentum)
         self.loss = torch.compile(self._loss) if compiled else self._loss
 
     def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device, torch.bfloat16, self.autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, self.config.train.dtype == "bfloat16"):
             _, logits = self.network(normalise(images, self.config.data))
         loss = sum(F.cross_entropy(values.float(), labels) for values in logits.values())
         l21, l12 = penalties(self.network)
         return loss + self.config.loss.lambda_global * l21 + self.config.loss.lambda_local * l12
 
-    def step(self, indices: torch.Tensor | None = None, flip: bool = True) -> torch.Tensor:
-        """The loss before the update; `indices` of the images, drawn if they are not given."""
-        size = self.config.train.batch_size
-        if indices is None:
-            indices = torch.randint(len(self.images), (size,), device=self.device)
-        images = self.images[indices]
-        if flip:
-            chosen = torch.rand(len(images), device=self.device) < 0.5
-            images = torch.where(chosen[:, None, None, None], images.flip(2), images)
+    def step(self) -> float:
+        """The loss before the update, of a batch drawn from the images."""
+        indices = torch.randperm(len(self.images), device=DEVICE)[:self.config.train.batch_size]
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(images, self.labels[indices])
+        loss = self.loss(self.images[indices], self.labels[indices])
         loss.backward()
         self.optimizer.step()
-        return loss.detach()
+        return loss.item()
+
+
+def trainers(model: JLML, variables: Mapping[str, Any], images: np.ndarray, labels: np.ndarray,
+             config: ml_collections.ConfigDict) -> dict[str, Trainer]:
+    """Eager, and on a GPU compiled too."""
+    return {f"torch {name}": Trainer(TorchJLML(model).load(variables), images, labels, config, name == "compiled")
+            for name in _ways(lambda: None)}

@@ -1,0 +1,35 @@
+"""The evaluation forward, uint8 crops to features, against the same network in PyTorch."""
+
+import jax
+import numpy as np
+
+from configs import default
+from experiments.bench import torch_peer
+from experiments.bench.timing import ratio_of, time_in_turn
+from jlml_jax import evaluate, models, parallel, train_step
+
+
+def bench_forward(height: int, width: int, batch_size: int, dtype: str, repeats: int) -> dict:
+    """Images a second of ours and of PyTorch's ways, and the ratio to the best of these, pair by pair."""
+    config = default.get_config()
+    config.data.height, config.data.width = height, width
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    model = models.build_model(config, num_identities=0).clone(dtype=train_step.compute_dtype(dtype))
+    variables = models.init_variables(model, config.seed, height, width)
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, height, width, 3), np.uint8)
+    forward = evaluate.make_forward(model, config.data, mesh)
+    placed = parallel.replicate(variables, mesh), parallel.shard_batch(images, mesh)
+
+    def ours():
+        return jax.block_until_ready(forward(*placed))
+
+    peers = torch_peer.forwards(model, variables, images, config.data, dtype)
+    for name, peer in peers.items():
+        torch_peer.check_agreement(jax.device_get(ours()), peer(), dtype, name)
+    seconds = time_in_turn({"ours": ours} | peers, repeats)
+    best = min(peers, key=lambda name: np.median(seconds[name]))
+    return {
+        "height": height, "width": width, "batch_size": batch_size, "dtype": dtype, "repeats": repeats,
+        "images_per_second": {name: float(batch_size / np.median(values)) for name, values in seconds.items()},
+        "best_of_torch": best, "over_torch": ratio_of(seconds[best], seconds["ours"]),
+    }

@@ -1,0 +1,69 @@
+"""The host's part of the input: JPEG crops to batches ready for the network, against a PyTorch DataLoader.
+
+Both decode, resize from 128x64 to the input size, flip, crop with padding and normalise, on the same cores. Ours
+augments and normalises on the device, here a CPU.
+"""
+
+import collections
+import io
+
+import jax
+import numpy as np
+from PIL import Image
+
+from configs import default
+from experiments.bench import torch_peer
+from experiments.bench.timing import ratio_of, time_in_turn
+from jlml_jax import augment, input_pipeline
+from jlml_jax.datasets.base import Split
+
+_NUM_IMAGES, _CROP_PADDING, _WORKERS = 2_048, 10, 2
+_QUALITY, _TEXTURE = 90, 4  # of JPEG; standard deviation of the texture, in levels
+
+
+def crops(number: int = _NUM_IMAGES) -> list[bytes]:
+    """JPEG crops of 128x64: blurred colours under a fine texture."""
+    rng = np.random.default_rng(0)
+    encoded = []
+    for _ in range(number):
+        colours = Image.fromarray(rng.integers(0, 256, (8, 4, 3), np.uint8)).resize((64, 128), Image.Resampling.BICUBIC)
+        textured = np.asarray(colours) + rng.normal(0, _TEXTURE, (128, 64, 1))
+        file = io.BytesIO()
+        Image.fromarray(textured.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=_QUALITY)
+        encoded.append(file.getvalue())
+    return encoded
+
+
+def bench_input(height: int, width: int, batch_size: int, repeats: int) -> dict:
+    """Images a second of tf.data with our augmentation, of the DataLoader, and their ratio, in turn."""
+    config = default.get_config()
+    config.data.height, config.data.width, config.augment.crop_padding = height, width, _CROP_PADDING
+    encoded = crops()
+    numbers = np.arange(len(encoded))
+    split = Split("made up", encoded, numbers, numbers, numbers.astype(str))
+    batches = len(encoded) // batch_size
+
+    @jax.jit
+    def prepare(key, images):
+        return augment.normalise(augment.augment(key, images, config.augment, config.data.mean), config.data)
+
+    def ours():
+        order = np.random.default_rng(0).permutation(len(encoded))
+        indices = (order[batch * batch_size:(batch + 1) * batch_size] for batch in range(batches))
+        for number, images in enumerate(input_pipeline.decode_batches(split, indices, height, width)):
+            batch = prepare(jax.random.key(number), images)
+        jax.block_until_ready(batch)
+
+    loader = torch_peer.loader(encoded, height, width, batch_size, _CROP_PADDING, config.data, _WORKERS)
+
+    def theirs():
+        return collections.deque(loader, maxlen=1)
+
+    seconds = time_in_turn({"ours": ours, "torch": theirs}, repeats)
+    images = batches * batch_size
+    return {
+        "height": height, "width": width, "batch_size": batch_size, "repeats": repeats, "workers": _WORKERS,
+        "images": len(encoded), "bytes_an_image": float(np.mean([len(image) for image in encoded])),
+        "images_per_second": {name: float(images / np.median(values)) for name, values in seconds.items()},
+        "over_torch": ratio_of(seconds["torch"], seconds["ours"]),
+    }
