@@ -73,6 +73,8 @@ def get_config() -> ConfigDict:
     evaluate.datasets = ""  # data sets to be evaluated on besides data.name, in all their trials: viper,grid
     evaluate.extra_gallery = ""  # a data set all of whose images join every gallery as distractors: folder/distractors
     evaluate.multi_query = "mean"  # Market-1501's, in rows of their own; pooled by mean or max; empty: none
+    # k-reciprocal re-ranking too, in columns of its own; not where a protocol draws one gallery image a person.
+    evaluate.reranking = False
     evaluate.baselines = False  # also chance, a colour histogram, the untrained network
     evaluate.picture = True  # ranked.png: a few queries with their top 10
 

@@ -17,12 +17,15 @@ from jlml_jax.datasets.base import Split
 from jlml_jax.distances import LazyRows, Products, numpy_products
 from jlml_jax.errors import UserError
 from jlml_jax.protocols import Trial
+from jlml_jax.reranking import Reranking
 
 REPORTED_RANKS = (1, 5, 10, 20)
 SCORES = (*(f"rank{rank}" for rank in REPORTED_RANKS), "mean_ap", "mean_ap_trapezoid", "mean_inp")
 ACCURACIES = ("top1", "top5")
 TITLES = dict(zip(SCORES + ACCURACIES, (*(f"R{rank}" for rank in REPORTED_RANKS), "mAP", "mAP trap.", "mINP", "top-1",
                                         "top-5"), strict=True))
+RERANKED = "reranked_"  # before the name of a score of k-reciprocal re-ranking
+TITLES |= {f"{RERANKED}{score}": f"{TITLES[score]} re-r." for score in ("rank1", "mean_ap")}
 CHANCE_DRAWS = 10  # rankings that the chance row averages over
 
 Features = dict[str, np.ndarray | LazyRows]  # by branch, [N, dim]
@@ -204,10 +207,18 @@ def evaluate_trials(trials: Iterable[Trial], extract: Callable[[Split], Features
 
 def _rank(trial: Trial, protocol: str, query: Features, gallery: Features, evaluate: ml_collections.ConfigDict,
           products: Products) -> list[dict[str, Any]]:
-    return [make_row(trial, protocol, name, evaluate.normalize, metrics.evaluate_ranking(
-                query[name], gallery[name], *labels_of(trial), max_rank=max(evaluate.max_rank, *REPORTED_RANKS),
-                single_gallery_shot=trial.single_gallery_shot, products=products))
-            for name in query]
+    rows = []
+    for name in query:
+        max_rank = max(evaluate.max_rank, *REPORTED_RANKS)
+        row = make_row(trial, protocol, name, evaluate.normalize, metrics.evaluate_ranking(
+            query[name], gallery[name], *labels_of(trial), max_rank=max_rank,
+            single_gallery_shot=trial.single_gallery_shot, products=products))
+        if evaluate.reranking and not trial.single_gallery_shot:  # each draw of the gallery would need its own
+            reranked = Reranking(query[name], gallery[name], products)
+            row |= {RERANKED + score: value for score, value in scores_of(metrics.rank_blocks(
+                reranked.distances, *labels_of(trial), max_rank=max_rank)).items()}
+        rows.append(row)
+    return rows
 
 
 POOLING = {"mean": np.mean, "max": np.max}
@@ -278,14 +289,19 @@ def labels_of(trial: Trial) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 
 def make_row(trial: Trial, protocol: str, feature: str, normalize: str, scores: metrics.RankingMetrics
              ) -> dict[str, Any]:
-    """One row of results.json; fractions, 0 to 1."""
-    ranks = {f"rank{rank}": float(scores.cmc[rank - 1]) for rank in REPORTED_RANKS}
+    """One row of results.json."""
     num_gallery = len(np.unique(trial.gallery.identities)) if trial.single_gallery_shot else len(trial.gallery)
     return {
         "dataset": trial.dataset, "protocol": protocol, "trial": trial.number, "feature": feature,
-        "normalize": normalize, **ranks, "mean_ap": scores.mean_ap, "mean_ap_trapezoid": scores.mean_ap_trapezoid,
-        "mean_inp": scores.mean_inp, "num_queries": scores.num_valid_queries, "num_gallery": num_gallery,
+        "normalize": normalize, **scores_of(scores), "num_queries": scores.num_valid_queries,
+        "num_gallery": num_gallery,
     } | _note(trial)
+
+
+def scores_of(scores: metrics.RankingMetrics) -> dict[str, float]:
+    """The `SCORES`, by name; fractions, 0 to 1."""
+    return {f"rank{rank}": float(scores.cmc[rank - 1]) for rank in REPORTED_RANKS} | {
+        score: getattr(scores, score) for score in SCORES[len(REPORTED_RANKS):]}
 
 
 def _note(trial: Trial) -> dict[str, str]:
@@ -305,7 +321,7 @@ def mean_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(group) == 1:
             continue
         mean = group[0] | {"trial": "mean", "trials": [row["trial"] for row in group]}
-        for score in SCORES:
+        for score in [field for field in group[0] if field.removeprefix(RERANKED) in SCORES]:
             values = [row[score] for row in group]
             mean |= {score: float(np.mean(values)), f"{score}_std": float(np.std(values, ddof=1))}
         for count in ("num_queries", "num_gallery"):

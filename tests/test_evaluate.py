@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from jlml_jax import evaluate, metrics, parallel, pictures, prepare, protocols
+from jlml_jax import evaluate, metrics, parallel, pictures, prepare, protocols, reranking
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.base import Split
@@ -248,6 +248,29 @@ def test_of_several_trials_the_table_shows_the_mean(trial):
     assert "mean of 2 trials" in title
     mean, deviation = np.mean([row["rank1"] for row in rows[:2]]), np.std([row["rank1"] for row in rows[:2]], ddof=1)
     assert line.split()[1:4] == [f"{100 * mean:.1f}", "±", f"{100 * deviation:.1f}"]
+
+
+def test_re_ranking_has_columns_of_its_own(trial):
+    def extract(split):
+        rng = np.random.default_rng(len(split))
+        return {"global": np.eye(12)[split.identities + 1] + 0.3 * rng.normal(size=(len(split), 12))}
+
+    trials = [trial, dataclasses.replace(trial, number=1)]
+    config = default.get_config().evaluate
+    plain = evaluate.evaluate_trials(trials, extract, config)
+    config.reranking = True
+    rows = evaluate.evaluate_trials(trials, extract, config)
+    for row, without in zip(rows, plain, strict=True):
+        assert {field: row[field] for field in without} == without
+        added = row.keys() - without.keys()
+        assert {field.removesuffix("_std") for field in added} == {f"reranked_{score}" for score in evaluate.SCORES}
+    reranked = reranking.Reranking(*(extract(split)["global"] for split in (trial.query, trial.gallery)))
+    expected = metrics.rank_blocks(reranked.distances, *evaluate.labels_of(trial))
+    assert rows[0]["reranked_mean_ap"] == expected.mean_ap != rows[0]["mean_ap"]
+    _, header, line = evaluate.format_rows(rows).splitlines()
+    assert header.split("mINP")[1].split() == ["R1", "re-r.", "mAP", "re-r."] and line.count("±") == 9
+    drawn = dataclasses.replace(trial, single_gallery_shot=True)
+    assert evaluate.evaluate_trials([drawn], extract, config)[0].keys() == FIELDS
 
 
 def test_chance_is_near_its_expectation_and_a_colour_histogram_above_it(trial):
