@@ -156,7 +156,7 @@ def test_bfloat16_is_for_convolutions_alone(smooth_config):
     (narrow, narrow_metrics) = run_steps(smooth_config, 1, steps=1)
     assert {leaf.dtype for leaf in jax.tree.leaves((narrow.params, narrow.batch_stats, narrow.opt_state))
             if leaf.ndim} == {np.dtype(np.float32)}
-    assert narrow_metrics[0]["penalty/global"] == wide_metrics[0]["penalty/global"]  # before the update: of the same weights
+    assert narrow_metrics[0]["penalty/global"] == wide_metrics[0]["penalty/global"]  # of the same weights
     assert narrow_metrics[0]["loss"] == pytest.approx(wide_metrics[0]["loss"], rel=0.02)
     assert narrow_metrics[0]["loss"] != wide_metrics[0]["loss"]
     assert train_step.compute_dtype("auto") == np.float32  # on a CPU

@@ -1,34 +1,54 @@
-"""Benchmarks: python -m experiments.bench train|evaluate|galleries [--json=FILE]"""
+"""Benchmarks: python -m experiments.bench train|forward|input|evaluate|galleries|start [--json=FILE]
+
+train, forward and input are measured against PyTorch: pip install -e '.[bench]'.
+"""
 
 import argparse
+import importlib
 import json
+import sys
 from pathlib import Path
 
-from experiments.bench import galleries, ranking, train_step
 from jlml_jax import provenance
+from jlml_jax.errors import UserError, exit_status
+
+# The function of experiments/bench that measures it, and the options that it takes.
+BENCHMARKS = {
+    "train": ("train_step.bench_train", ("height", "width", "batch_size", "dtype", "repeats")),
+    "forward": ("forward.bench_forward", ("height", "width", "batch_size", "dtype", "repeats")),
+    "input": ("input_rate.bench_input", ("height", "width", "batch_size", "repeats")),
+    "evaluate": ("ranking.bench_evaluate", ("repeats",)),
+    "galleries": ("galleries.bench_galleries", ("queries",)),
+    "start": ("start.bench_start", ("repeats",)),
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m experiments.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("benchmark", choices=["train", "evaluate", "galleries"])
-    parser.add_argument("--height", type=int, default=128, help="pixels, of train")
-    parser.add_argument("--width", type=int, default=64, help="pixels, of train")
-    parser.add_argument("--batch_size", type=int, default=32, help="of train")
-    parser.add_argument("--repeats", type=int, default=15, help="of train and evaluate")
-    parser.add_argument("--queries", type=int, default=ranking.NUM_QUERIES, help="of galleries")
+def _command() -> None:
+    parser = argparse.ArgumentParser("python -m experiments.bench", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("--height", type=int, default=128, help="pixels")
+    parser.add_argument("--width", type=int, default=64, help="pixels")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of convolutions")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--queries", type=int, default=3_368, help="of galleries")
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    args = parser.parse_args()
-    if args.benchmark == "train":
-        result = train_step.bench_train(args.height, args.width, args.batch_size, args.repeats)
-    elif args.benchmark == "galleries":
-        result = galleries.bench_galleries(args.queries)
-    else:
-        result = ranking.bench_evaluate(args.repeats)
-    result |= {"provenance": provenance.collect()}
+    options = parser.parse_args()
+    path, names = BENCHMARKS[options.benchmark]
+    module, function = path.split(".")
+    try:
+        measure = getattr(importlib.import_module(f"experiments.bench.{module}"), function)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UserError(f"{options.benchmark} is measured against PyTorch, which is not installed: "
+                        "pip install -e '.[bench]'") from error
+    result = measure(**{name: getattr(options, name) for name in names}) | {"provenance": provenance.collect()}
     print(json.dumps(result, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(_command))

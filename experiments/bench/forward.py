@@ -5,7 +5,7 @@ import numpy as np
 
 from configs import default
 from experiments.bench import torch_peer
-from experiments.bench.timing import ratio_of, time_in_turn
+from experiments.bench.timing import NUM_IDENTITIES, ratio_of, time_in_turn
 from jlml_jax import evaluate, models, parallel, train_step
 
 
@@ -14,7 +14,7 @@ def bench_forward(height: int, width: int, batch_size: int, dtype: str, repeats:
     config = default.get_config()
     config.data.height, config.data.width = height, width
     mesh = parallel.make_mesh(jax.devices()[:1])
-    model = models.build_model(config, num_identities=0).clone(dtype=train_step.compute_dtype(dtype))
+    model = models.build_model(config, NUM_IDENTITIES).clone(dtype=train_step.compute_dtype(dtype))
     variables = models.init_variables(model, config.seed, height, width)
     images = np.random.default_rng(0).integers(0, 256, (batch_size, height, width, 3), np.uint8)
     forward = evaluate.make_forward(model, config.data, mesh)

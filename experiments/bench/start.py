@@ -1,4 +1,4 @@
-"""From the command to its first training step: a new process, once with an empty compilation cache, then with a warm one."""
+"""From the command to its first training step, with an empty compilation cache and with a warm one."""
 
 import os
 import subprocess
@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 
 _FIRST_STEP = "step 1/"  # how the log's first line begins, with log_every=1
-_COMMAND = (sys.executable, "-u", "-m", "jlml_jax.main", "--mode=train", "--config.train.steps=1", "--config.log_every=1")
+_COMMAND = (sys.executable, "-u", "-m", "jlml_jax.main", "--mode=train", "--config.train.steps=1",
+            "--config.log_every=1")
 
 
 def bench_start(repeats: int) -> dict:
-    """Seconds from the start of `python -m jlml_jax.main` to the first step of the synthetic job, whose images are there.
+    """Seconds from the start of `python -m jlml_jax.main` to the first step of the synthetic job.
 
-    The first of all runs draws the images; it is not counted.
+    The first of all runs, which may draw the images, is not counted.
     """
     with tempfile.TemporaryDirectory() as folder:
         def seconds(cache: str) -> float:

@@ -14,11 +14,9 @@ import numpy as np
 
 from configs import default
 from experiments.bench import torch_peer
-from experiments.bench.timing import ratio_of, time_in_turn
+from experiments.bench.timing import NUM_IDENTITIES, ratio_of, time_in_turn
 from jlml_jax import models, optim, parallel, train_step
 from jlml_jax.device_data import DeviceData
-
-NUM_IDENTITIES = 751  # Market-1501's
 
 
 class PlainConv(nn.Module):
