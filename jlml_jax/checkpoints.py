@@ -1,8 +1,22 @@
-"""Orbax save and restore of a run, with the config and the label map beside the weights."""
+"""Orbax save and restore of a run, with the config and the label map beside the weights.
 
+A run's folder is written by one process at a time, which holds its lock. A checkpoint is written aside and renamed when
+whole, and has the SHA-256 of its files: Orbax would restore flipped bits as if they were weights. One that is damaged
+is never used; the one before is.
+"""
+
+import contextlib
 import dataclasses
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import platform
+import secrets
+import shutil
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +26,9 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jlml_jax.errors import UserError
+from jlml_jax import parallel
+from jlml_jax.datasets.base import first_few
+from jlml_jax.errors import UserError, storage_errors_told
 
 # What may differ between a run and its resumption: it changes what is shown or kept, not what is learned.
 FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_every", "keep_checkpoints",
@@ -20,42 +36,57 @@ FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_ev
 
 _VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on another; NFS remembers what was not there
 
-_LABEL_MAP, _CONFIG = "label_map.json", "config.json"
-
+_LABEL_MAP, _CONFIG, _LOCK, _CHECKPOINTS, _DIGESTS = (
+    "label_map.json", "config.json", "lock", "checkpoints", "sha256.json")
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a whole file or nothing: a reader never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Writes a whole file or nothing: a reader never sees half of it, nor do two writers mix."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _steps(workdir: Path) -> list[int]:
+    """The steps of the checkpoints of the run in `workdir`, latest first."""
+    return sorted((int(step.name) for step in workdir.glob(f"{_CHECKPOINTS}/*") if step.name.isdigit()), reverse=True)
 
 
 def has_checkpoint(workdir: Path) -> bool:
     """Whether a run in `workdir` has saved anything yet; a trial's run counts for the folder of all trials."""
-    return any(step.name.isdigit() for pattern in ("checkpoints/*", "trial-*/checkpoints/*")
-               for step in workdir.glob(pattern))
+    return any(_steps(folder) for folder in (workdir, *workdir.glob("trial-*")))
 
 
 def latest_step(workdir: Path) -> int | None:
-    """The step of the latest checkpoint of the run in `workdir`."""
-    return max((int(step.name) for step in workdir.glob("checkpoints/*") if step.name.isdigit()), default=None)
+    """The step of the latest checkpoint of the run in `workdir`, whole or not."""
+    return next(iter(_steps(workdir)), None)
 
 
-def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: dict[str, Any] | None = None) -> None:
+def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: dict[str, Any] | None = None
+                  ) -> contextlib.AbstractContextManager:
     """Writes config.json and label_map.json into a new run's folder; in one with a checkpoint, refuses another run's.
 
     `label_map` is JSON: what was trained on, and the identity that each class stands for. The folder of several trials
     has none; each trial has its own.
+
+    Returns the lock on the folder, to be let go when the run ends; none on the folder of several trials, which may be
+    trained at the same time.
     """
     config_path, labels_path = workdir / _CONFIG, workdir / _LABEL_MAP
+    lock = contextlib.nullcontext()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not config_path.exists() and any(workdir.iterdir()):
+        if not config_path.exists() and not all(path.name.startswith((_CONFIG, _LOCK)) for path in workdir.iterdir()):
             raise UserError(f"{workdir} has files in it but no {_CONFIG}, so it is not a run's folder; "
                             "give another --workdir or empty it")
+        if label_map is not None:
+            lock = _lock(workdir)
         if has_checkpoint(workdir):
             free = [*FREE_FIELDS]
             if label_map is None:  # the folder of several trials may be asked for others of them
@@ -71,6 +102,32 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
             write_atomically(labels_path, json.dumps(label_map))
     except OSError as error:
         raise UserError(f"cannot use the run's folder {workdir}: {error.strerror}; give another --workdir") from error
+    return lock
+
+
+def _lock(workdir: Path) -> contextlib.AbstractContextManager:
+    """Locks a run's folder for this process, or says in a UserError which process has it.
+
+    By flock, which the kernel lets go when the process ends, however it ends: there are no stale locks, on one host or
+    on several that share the folder by NFS. What is in the file is for the message alone.
+    """
+    lock = open(workdir / _LOCK, "a+")  # noqa: SIM115 - held by the caller
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with lock:
+            lock.seek(0)
+            raise UserError(f"{workdir} is in use by {lock.read() or 'another process'}; wait until that has ended, "
+                            "stop it, or give another --workdir") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(f"{workdir} is on a file system without locks ({error.strerror}): no second run in it would be refused",
+              flush=True)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    lock.flush()
+    return lock
 
 
 def await_claimed(workdir: Path) -> None:
@@ -95,10 +152,10 @@ class SavedRun:
 
 
 def load_run(workdir: str | Path) -> SavedRun:
-    """The config, the label map and the latest weights of the run in `workdir`, to use them elsewhere.
+    """The config, the label map and the latest whole weights of the run in `workdir`, to use them elsewhere.
 
     Raises:
-        UserError: there is no run, it has no checkpoint yet, or the checkpoint does not restore.
+        UserError: there is no run, it has no checkpoint yet, or none of them is whole.
     """
     workdir = Path(workdir)
     trials = sorted(path.parent.name for path in workdir.glob(f"trial-*/{_LABEL_MAP}"))
@@ -114,8 +171,10 @@ def load_run(workdir: str | Path) -> SavedRun:
         raise UserError(f"{workdir} has a damaged {_CONFIG} or {_LABEL_MAP} ({error}); train again") from error
     if not has_checkpoint(workdir):
         raise UserError(f"{workdir} has no checkpoint yet; train it first")
-    step = latest_step(workdir)
-    path = (workdir / "checkpoints" / str(step) / "state").absolute()
+    step, damaged = _latest_whole(workdir)
+    for line in damaged.values():
+        print(f"{line}; taking checkpoint {step} instead", file=sys.stderr)
+    path = (workdir / _CHECKPOINTS / str(step) / "state").absolute()
     try:
         # Each of several processes reads for itself: one that cannot does not leave the others waiting for it.
         alone = ocp.options.MultiprocessingOptions(jax.process_index(), active_processes={jax.process_index()},
@@ -127,8 +186,8 @@ def load_run(workdir: str | Path) -> SavedRun:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         variables = reader.restore(path, args=ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True))
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"checkpoint {step} in {path.parents[1]} does not restore ({str(error)[:200]}); delete that "
-                        "folder to take the one before") from error
+        raise UserError(f"checkpoint {step} in {path.parents[1]} does not restore ({str(error)[:200]}); it is as it "
+                        "was written, perhaps by other versions of JAX, Flax or Orbax: use those") from error
     return SavedRun(workdir, config, label_map, step, variables)
 
 
@@ -181,24 +240,98 @@ def _refuse_difference(workdir: Path, old: dict[str, Any], new: dict[str, Any], 
                         "give another --workdir, or the same fields")
 
 
+def _damage(checkpoint: Path) -> str | None:
+    """Which of a checkpoint's files is not as it was written, in words; None: it is whole."""
+    path = checkpoint / _DIGESTS
+    try:
+        for name, digest in json.loads(path.read_text()).items():
+            path = checkpoint / name
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return f"{path} is damaged"
+    except OSError as error:
+        return f"{path} is damaged ({error.strerror})"
+    except ValueError:
+        return f"{path} is damaged"
+    return None
+
+
+def _latest_whole(workdir: Path) -> tuple[int, dict[int, str]]:
+    """The latest checkpoint that is whole, of at least one, and what is wrong with each that is later."""
+    damaged = {}
+    for step in _steps(workdir):
+        damage = _damage(workdir / _CHECKPOINTS / str(step))
+        if damage is None:
+            return step, damaged
+        damaged[step] = damage
+    raise UserError(f"no checkpoint in {workdir / _CHECKPOINTS} is whole: {first_few([*damaged.values()])}; copy the "
+                    "folder back from elsewhere, or delete the run's folder to train it anew")
+
+
+def set_aside_damaged(workdir: Path) -> None:
+    """Renames checkpoints that are later than the latest whole one, so that the run goes on from that.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole; they are left as they are.
+    """
+    if latest_step(workdir) is None:
+        return
+    whole, damaged = _latest_whole(workdir)
+    for step, damage in damaged.items():
+        path = workdir / _CHECKPOINTS / str(step)
+        aside = path.with_name(f"{step}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)  # of the same step, earlier
+        path.rename(aside)
+        print(f"{damage}: checkpoint {step} is set aside as {aside.name}; going on from checkpoint {whole}", flush=True)
+
+
 class Checkpoints:
     """The checkpoints of one run: `workdir`/checkpoints/STEP, written aside and renamed when whole."""
 
     def __init__(self, workdir: Path, keep: int):
+        self._folder = (workdir / _CHECKPOINTS).absolute()
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,  # of saves that a kill cut short
+                single_host_load_and_broadcast=True,  # other hosts may be told by NFS of what is no longer there
+                async_options=ocp.AsyncOptions(
+                    create_directories_asynchronously=False,  # else five minutes pass until a failure is told
+                    post_finalization_callback=self._write_digests)),
             item_names=("state", "progress"),
         )
+
+    def _write_digests(self) -> None:
+        """Called in process 0 when all processes have written all of a checkpoint, before it is renamed."""
+        checkpoint = next(self._folder.glob("*.orbax-checkpoint-tmp"))
+        files = sorted(path for path in checkpoint.glob("*/**/*") if path.is_file())
+        digests = {}
+        for path in files:
+            with open(path, "rb") as file:
+                digests[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
+        write_atomically(checkpoint / _DIGESTS, json.dumps(digests, indent=1))
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Saves the train state and `progress` (JSON); goes on writing in the background."""
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)))
+        """Saves the train state and `progress` (JSON); goes on writing in the background.
+
+        Raises:
+            OSError: there is no room. What else goes wrong in the background is raised by the next call.
+        """
+        if step in self._manager.all_steps():
+            return
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        parallel.together(lambda: self._check_room(num_bytes) if jax.process_index() == 0 else None)
+        self._manager.save(step, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)))
+
+    def _check_room(self, num_bytes: int) -> None:
+        """Orbax tells of a full disk, or a quota, late and in tracebacks of its threads."""
+        with storage_errors_told(self._folder), tempfile.TemporaryFile(dir=self._folder) as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
         """The latest state, with the shapes, types and shardings of `state` (arrays or shapes), and its progress."""
@@ -208,8 +341,8 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()))
         except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"checkpoint {step} in {self._manager.directory} does not restore "
-                            f"({str(error)[:200]}); delete that folder to go on from the one before") from error
+            raise UserError(f"checkpoint {step} in {self._folder} does not restore ({str(error)[:200]}); it is as it "
+                            "was written, perhaps by other versions of JAX, Flax or Orbax: use those") from error
         return restored["state"], restored["progress"]
 
     def wait(self) -> None:

@@ -1,27 +1,59 @@
-"""The one exception class for what a user can mend, and its exit status."""
+"""The one exception class for what a user can mend, and the exit status of a command."""
 
+import contextlib
+import errno
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
     """Something the user can mend: the message is one line that says what is wrong, where, and what to do."""
 
 
+# What a full or broken disk, a quota, a read-only file system or a lost permission raises.
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+                   errno.ESTALE)
+
+
+@contextlib.contextmanager
+def storage_errors_told(folder: Path) -> Iterator[None]:
+    """While entered, what the storage of `folder` cannot do is a UserError; other errors pass through.
+
+    They are told by their text, as TensorStore and array_record raise no OSError, but ValueError and RuntimeError.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        told = next((os.strerror(code) for code in _STORAGE_ERRORS if os.strerror(code) in str(error)), None)
+        if told is None:
+            raise
+        raise UserError(f"cannot use {getattr(error, 'filename', None) or folder} ({told}); what was saved before is "
+                        "whole: mend that and run the same command again") from error
+
+
 def exit_status(command: Callable[[], None]) -> int:
     """Runs `command` and returns the process's exit status: 0 done, 2 after a UserError, 130 after Ctrl-C.
 
-    A UserError is told in one line on stderr; any other exception passes through, because it is a bug. SIGTERM ends the
-    process with status 143 by way of an exception, so that what is half done is cleaned up.
+    A UserError is told in one line on stderr; any other exception passes through, because it is a bug. SIGINT and
+    SIGTERM end the process with status 130 and 143 by way of an exception, so that what is half done is cleaned up; the
+    second of them ends it at once.
     """
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and the like ask for
+            signal.signal(number, _leave)
     try:
         command()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
+
+
+def _leave(number: int, _frame: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+    print(f"stopped by {signal.Signals(number).name}; the same command goes on", file=sys.stderr, flush=True)
+    sys.exit(128 + number)

@@ -1,12 +1,18 @@
 """What a run tells while it trains: metrics.jsonl, TensorBoard events and a line of progress."""
 
 import json
+import os
+import platform
 import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from jlml_jax.checkpoints import write_atomically
+from jlml_jax.errors import UserError
 
 # Fields of metrics.jsonl that say how long things took; all others are equal whenever the same run is run again.
 TIME_FIELDS = ("images_per_second", "seconds")
@@ -38,13 +44,17 @@ class TrainingLog:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break  # a line that a kill cut short, or the first to be repeated
+        for number, line in enumerate(self._path.read_text(errors="replace").splitlines(keepends=True), 1):
+            if not line.endswith("\n"):
+                break  # a kill cut it short
+            try:
+                if json.loads(line)["step"] > step:
+                    break  # the first to be repeated
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{self._path} is damaged in line {number} ({error}); mend that line, or move the file "
+                                "away") from error
             kept.append(line)
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text("".join(kept))
-        part.replace(self._path)
+        write_atomically(self._path, "".join(kept))
 
     def interval(self) -> dict[str, list[float]]:
         """The values of every step since the last report, by name; a copy, which later steps do not change."""
@@ -98,22 +108,30 @@ def _duration(seconds: float) -> str:
 
 
 class _EventWriter:
-    """TensorBoard's own event writer; from `first_step` on, earlier events of the same steps are superseded."""
+    """A TensorBoard event file; from `first_step` on, earlier events of the same steps are superseded.
+
+    TensorBoard's own EventFileWriter writes in a thread, which tells of a full disk late, if at all.
+    """
 
     def __init__(self, workdir: Path, first_step: int):
         # TensorBoard imports all of TensorFlow where it is installed, just to open files, unless this module exists.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
         from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        self._event, self._summary = event_pb2, summary_pb2.Summary
-        self._writer = EventFileWriter(str(workdir))
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        self._writer = RecordWriter(open(workdir / name, "wb"))  # noqa: SIM115 - closed by close()
+        self._write(file_version="brain.Event:2")
         if first_step:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=start))
+            self._write(step=first_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
-        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary))
+        self._write(step=step, summary=self._summary(
+            value=[self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -10,8 +10,13 @@ Examples:
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+# Until `main` sees to it, Ctrl-C would end the seconds of imports in a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

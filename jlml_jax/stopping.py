@@ -4,7 +4,10 @@ import signal
 
 
 class StopRequest:
-    """While entered, a first SIGTERM or SIGINT is only noted in `requested`; a second one acts at once."""
+    """While entered, a first SIGTERM or SIGINT is only noted in `requested`; a second one ends the process at once.
+
+    In a notebook, where SIGINT is a KeyboardInterrupt, the second one is that.
+    """
 
     requested: signal.Signals | None = None
 
@@ -19,11 +22,9 @@ class StopRequest:
 
     def _note(self, number, _frame):
         self.requested = signal.Signals(number)
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler if handler is signal.default_int_handler else signal.SIG_DFL)
 
     def __exit__(self, *_):
-        self._restore()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """The loop: build the state, step, log, checkpoint, evaluate."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -44,10 +45,11 @@ from jlml_jax.checkpoints import (
     load_label_map,
     load_run,
     refuse_other_network,
+    set_aside_damaged,
     write_atomically,
 )
 from jlml_jax.datasets.base import Split, refuse_address
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, storage_errors_told
 from jlml_jax.logs import TrainingLog
 from jlml_jax.models import build_model, check_input_size, init_variables
 from jlml_jax.protocols import Trial, namespace
@@ -160,9 +162,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         _claim(workdir, config)
     if jax.process_index() == 0:
         print_model(runs[0].model, config)
-    rows = [row for run in runs for row in _go(run, mode)]
-    if protocol.num_trials > 1 and mode != "train":
-        rows = _collect_trials(workdir, source)
+    with storage_errors_told(workdir):
+        rows = [row for run in runs for row in _go(run, mode)]
+        if protocol.num_trials > 1 and mode != "train":
+            rows = _collect_trials(workdir, source)
     return rows
 
 
@@ -191,29 +194,30 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, o
     return _Run(asked, config, workdir, trial, others, mesh, model, optimizer, initial, label_map, source)
 
 
-def _claim(workdir: Path, *run: Any) -> None:
+def _claim(workdir: Path, *run: Any) -> contextlib.AbstractContextManager:
     """`claim_workdir` by process 0, for all."""
-    parallel.together(lambda: claim_workdir(workdir, *run) if jax.process_index() == 0 else None)
+    lock = parallel.together(lambda: claim_workdir(workdir, *run) if jax.process_index() == 0
+                             else contextlib.nullcontext())
     parallel.together(lambda: await_claimed(workdir))
+    return lock
 
 
 def _go(run: _Run, mode: str) -> list[dict[str, Any]]:
     started = time.perf_counter()
-    _claim(run.workdir, run.asked, run.label_map)
-    _announce(run)
-    state = init_state(run.config, run.model, run.optimizer, run.mesh, run.initial)
-    checkpoints = Checkpoints(run.workdir, run.config.keep_checkpoints)
-    try:
-        progress = {"interval": {}}
-        if checkpoints.latest_step() is not None:
-            state, progress = checkpoints.restore(state)
-        if mode != "evaluate":
-            state = _train(run, checkpoints, state, progress)
-    finally:
-        checkpoints.close()
-    if mode == "train":
-        return []
-    return _evaluate(run, state, started)
+    with _claim(run.workdir, run.asked, run.label_map):
+        _announce(run)
+        parallel.together(lambda: set_aside_damaged(run.workdir) if jax.process_index() == 0 else None)
+        state = init_state(run.config, run.model, run.optimizer, run.mesh, run.initial)
+        checkpoints = Checkpoints(run.workdir, run.config.keep_checkpoints)
+        try:
+            progress = {"interval": {}}
+            if checkpoints.latest_step() is not None:
+                state, progress = checkpoints.restore(state)
+            if mode != "evaluate":
+                state = _train(run, checkpoints, state, progress)
+        finally:
+            checkpoints.close()
+        return [] if mode == "train" else _evaluate(run, state, started)
 
 
 def _announce(run: _Run) -> None:

@@ -280,7 +280,7 @@ def test_onnx_not_installed(refused, tmp_path, monkeypatch, module):
 
 
 def test_a_folder_that_cannot_be_written(refused, run, tmp_path):
-    (tmp_path / "x.part").mkdir()  # where the file would be written aside
+    (tmp_path / "x").mkdir()
     assert "cannot write --output=" in refused(f"--workdir={run}", "--format=onnx", f"--output={tmp_path}/x")
 
 

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from jlml_jax.datasets.base import DISTRACTOR, PersonDatasetBuilder, Split, refuse_address
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, storage_errors_told
 
 # Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
 _BUILDERS = {
@@ -75,5 +75,6 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
                             f"python -m jlml_jax.prepare {name} --source=ORIGINAL_FILES "
                             f"--data_dir={dataset.data_dir_root}")
         print(f"drawing {name} into {dataset.data_dir}", flush=True)
-        dataset.build()
+        with storage_errors_told(dataset.data_path):
+            dataset.build()
     return dataset
