@@ -205,7 +205,7 @@ def test_a_full_disk_is_told_whatever_is_raised(tmp_path, error):
 
 def test_other_errors_are_bugs_and_pass(tmp_path):
     with pytest.raises(FileNotFoundError), storage_errors_told(tmp_path):
-        open(tmp_path / "x")
+        (tmp_path / "x").read_text()
 
 
 HOLDER = """
