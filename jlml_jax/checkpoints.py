@@ -331,7 +331,7 @@ class Checkpoints:
     def _check_room(self, num_bytes: int) -> None:
         """Orbax tells of a full disk, or a quota, late and in tracebacks of its threads."""
         with storage_errors_told(self._folder), tempfile.TemporaryFile(dir=self._folder) as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            os.posix_fallocate(file.fileno(), 0, num_bytes + (1 << 20))  # and what describes the arrays
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
         """The latest state, with the shapes, types and shardings of `state` (arrays or shapes), and its progress."""

@@ -3,6 +3,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jlml_jax.errors import UserError
 from jlml_jax.logs import TIME_FIELDS, TrainingLog
 
 
@@ -107,6 +108,17 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
         path.write_text(whole[:cut])
         TrainingLog(tmp_path, 6, 100, 32).close()
         assert path.read_text() == whole.splitlines(keepends=True)[0]
+
+
+@pytest.mark.parametrize("line", ["{\"step\": 3, \n", "3\n", "{}\n", "\0\0\n"])
+def test_a_damaged_line_is_named_and_nothing_dropped(tmp_path, line):
+    train(tmp_path, 0, 6, 3)
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_text() + line
+    path.write_text(content)
+    with pytest.raises(UserError, match="metrics.jsonl is damaged in line 3 .*; mend that line, or move the file away"):
+        TrainingLog(tmp_path, 6, 100, 32)
+    assert path.read_text() == content
 
 
 def test_an_interval_given_to_a_checkpoint_does_not_change_while_it_is_written(tmp_path):

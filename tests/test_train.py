@@ -1,5 +1,7 @@
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +98,33 @@ def test_a_killed_run_goes_on_to_the_same_bits(long_config, tmp_path):
     assert "stopped by SIGTERM after step" in output
     assert start(long_config, tmp_path / "stopped").wait(180) == 0
     assert_same_run(long_config, tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_after_damage_a_run_ends_at_the_same_bits(tiny_config, tmp_path, capsys):
+    train_and_evaluate(tiny_config, tmp_path / "a", "train")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    damaged = max((tmp_path / "b" / "checkpoints" / "12" / "state").glob("ocdbt.process_0/d/*"),
+                  key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    train_and_evaluate(tiny_config, tmp_path / "b", "train")
+    told = capsys.readouterr().out
+    assert f"{damaged} is damaged: checkpoint 12 is set aside as 12.damaged; going on from checkpoint 6\n" in told
+    assert "resuming after step 6\n" in told
+    assert_same_run(tiny_config, tmp_path / "a", tmp_path / "b")
+
+
+def test_a_second_run_in_the_folder_is_refused(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("process 7 on host-a, since yesterday")
+        other.flush()
+        with pytest.raises(UserError, match=r"run is in use by process 7 on host-a, since yesterday; wait"):
+            train_and_evaluate(tiny_config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def test_a_finished_run_says_so_and_evaluates_again(tiny_config, tmp_path, capsys):

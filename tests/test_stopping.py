@@ -1,0 +1,99 @@
+"""Signals to a command, in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+COMMAND = """
+import sys, time
+from jlml_jax.errors import exit_status
+from jlml_jax.stopping import StopRequest
+
+def ready():
+    print("ready", flush=True)
+
+def works():
+    ready()
+    time.sleep(60)
+
+def cleans_up():
+    try:
+        works()
+    finally:
+        print("cleaning up", flush=True)
+        time.sleep(60)
+
+def trains():
+    with StopRequest() as stop:
+        ready()
+        while not stop.requested:
+            time.sleep(0.01)
+        print("cleaning up", flush=True)
+        time.sleep(0.5 if "saves" in sys.argv else 60)
+    raise SystemExit(128 + stop.requested)
+
+sys.exit(exit_status({"works": works, "cleans up": cleans_up, "trains": trains}[sys.argv[1]]))
+"""
+
+
+@pytest.fixture
+def start():
+    running = []
+
+    def start(*arguments):
+        process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        running.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_with_its_status_and_one_line(start, number):
+    process = start("works")
+    process.send_signal(number)
+    assert process.communicate(timeout=20)[1] == f"stopped by {number.name}; the same command goes on\n"
+    assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_training_is_left_to_the_loop(start, number):
+    process = start("trains", "saves")
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("cleaning up\n", "")
+    assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["cleans up", "trains"])
+def test_a_second_signal_ends_a_command_at_once(start, command, second):
+    process = start(command)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "cleaning up\n"
+    sent = time.monotonic()
+    process.send_signal(second)
+    assert process.wait(timeout=20) == -second
+    assert time.monotonic() - sent < 10
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As under nohup, or in the background of a shell without job control."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + COMMAND.replace("60", "0.5")
+    process = subprocess.Popen([sys.executable, "-c", code, "works"], stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 0
