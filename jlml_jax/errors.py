@@ -55,5 +55,5 @@ def exit_status(command: Callable[[], None]) -> int:
 def _leave(number: int, _frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_DFL)
-    print(f"stopped by {signal.Signals(number).name}; the same command goes on", file=sys.stderr, flush=True)
+    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     sys.exit(128 + number)

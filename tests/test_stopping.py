@@ -64,7 +64,7 @@ def start():
 def test_a_signal_ends_a_command_with_its_status_and_one_line(start, number):
     process = start("works")
     process.send_signal(number)
-    assert process.communicate(timeout=20)[1] == f"stopped by {number.name}; the same command goes on\n"
+    assert process.communicate(timeout=20)[1] == f"stopped by {number.name}\n"
     assert process.returncode == 128 + number
 
 
@@ -97,3 +97,10 @@ def test_a_signal_that_is_ignored_stays_so():
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["KILL", "TERM", "INT"])
+def test_commands_that_are_disturbed_end_as_if_nobody_had(number):
+    subprocess.run([sys.executable, "-m", "experiments.faults.kill", "--count=6", f"--signal={number}"], check=True,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=1800)
