@@ -1,5 +1,6 @@
 """What is saved: damage to it, no room for it, and who may write it."""
 
+import contextlib
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.faults import kill
 from jlml_jax import checkpoints as checkpoints_module
 from jlml_jax import parallel
 from jlml_jax.checkpoints import (
@@ -258,3 +260,39 @@ def test_a_file_system_without_locks_is_told(tiny_config, tmp_path, monkeypatch,
     monkeypatch.setattr(checkpoints_module.fcntl, "flock", flock)
     claim_workdir(tmp_path, tiny_config, LABELS).close()
     assert "without locks (Function not implemented)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_a_full_and_a_read_only_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+
+    def start(folder):
+        return kill.Process(tmp_path, kill.TRAINING.arguments(folder))
+
+    def ends_with(process, told):
+        assert process.end() == 2
+        error, = (line for line in process.errors if line.startswith("error: "))
+        assert f"{disk / 'run'}" in error and told in error
+
+    try:
+        assert start(tmp_path / "whole").end() == 0
+        filled = start(disk)
+        while filled.running() and not (disk / "run" / "checkpoints" / "24").exists():
+            time.sleep(0.001)
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1 << 16))
+        ends_with(filled, "No space left on device")
+        ends_with(start(disk), "No space left on device")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        ends_with(start(disk), "Read-only file system")
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        (disk / "filler").unlink()
+        resumed = start(disk)
+        assert resumed.end() == 0 and resumed.has_told("resuming after step ")
+        assert kill.TRAINING.outcome(disk) == kill.TRAINING.outcome(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", disk], check=True)
