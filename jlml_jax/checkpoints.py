@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import ml_collections
@@ -38,6 +38,7 @@ _VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on anot
 
 _LABEL_MAP, _CONFIG, _LOCK, _CHECKPOINTS, _DIGESTS = (
     "label_map.json", "config.json", "lock", "checkpoints", "sha256.json")
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a whole file or nothing: a reader never sees half of it, nor do two writers mix."""
@@ -69,43 +70,53 @@ def latest_step(workdir: Path) -> int | None:
 
 
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: dict[str, Any] | None = None
-                  ) -> contextlib.AbstractContextManager:
+                  ) -> contextlib.ExitStack:
     """Writes config.json and label_map.json into a new run's folder; in one with a checkpoint, refuses another run's.
 
     `label_map` is JSON: what was trained on, and the identity that each class stands for. The folder of several trials
     has none; each trial has its own.
 
-    Returns the lock on the folder, to be let go when the run ends; none on the folder of several trials, which may be
+    Returns what holds the lock on the folder until it is closed; nothing on the folder of several trials, which may be
     trained at the same time.
     """
     config_path, labels_path = workdir / _CONFIG, workdir / _LABEL_MAP
-    lock = contextlib.nullcontext()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not config_path.exists() and not all(path.name.startswith((_CONFIG, _LOCK)) for path in workdir.iterdir()):
-            raise UserError(f"{workdir} has files in it but no {_CONFIG}, so it is not a run's folder; "
-                            "give another --workdir or empty it")
-        if label_map is not None:
-            lock = _lock(workdir)
-        if has_checkpoint(workdir):
-            free = [*FREE_FIELDS]
-            if label_map is None:  # the folder of several trials may be asked for others of them
-                free.append("data.trials")
-            if not config.data.name.startswith("cuhk03/"):  # for evaluate.datasets alone
-                free.append("data.cuhk03_")
-            _refuse_difference(workdir, json.loads(config_path.read_text()), json.loads(config.to_json()), tuple(free))
-            if label_map is not None and json.loads(labels_path.read_text()) != label_map:
-                raise UserError(f"{workdir} was trained on another version of {label_map['dataset']} than the one in "
-                                "data.data_dir; give another --workdir, or the data that it was trained on")
-        write_atomically(config_path, config.to_json(indent=1))
-        if label_map is not None:
-            write_atomically(labels_path, json.dumps(label_map))
+        with contextlib.ExitStack() as held:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not config_path.exists() and not all(path.name.startswith((_CONFIG, _LOCK))
+                                                    for path in workdir.iterdir()):
+                raise UserError(f"{workdir} has files in it but no {_CONFIG}, so it is not a run's folder; "
+                                "give another --workdir or empty it")
+            if label_map is not None:
+                held.enter_context(_lock(workdir))
+            if has_checkpoint(workdir):
+                free = [*FREE_FIELDS]
+                if label_map is None:  # the folder of several trials may be asked for others of them
+                    free.append("data.trials")
+                if not config.data.name.startswith("cuhk03/"):  # for evaluate.datasets alone
+                    free.append("data.cuhk03_")
+                _refuse_difference(workdir, _read_json(config_path), json.loads(config.to_json()), tuple(free))
+                if label_map is not None and _read_json(labels_path) != label_map:
+                    raise UserError(f"{workdir} was trained on another version of {label_map['dataset']} than the one "
+                                    "in data.data_dir; give another --workdir, or the data that it was trained on")
+            write_atomically(config_path, config.to_json(indent=1))
+            if label_map is not None:
+                write_atomically(labels_path, json.dumps(label_map))
+            return held.pop_all()
     except OSError as error:
         raise UserError(f"cannot use the run's folder {workdir}: {error.strerror}; give another --workdir") from error
-    return lock
 
 
-def _lock(workdir: Path) -> contextlib.AbstractContextManager:
+def _read_json(path: Path) -> Any:
+    """What is in a file of a run that has a checkpoint."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or gone ({error}); copy it back from elsewhere, or train in another "
+                        "--workdir") from error
+
+
+def _lock(workdir: Path) -> IO[str]:
     """Locks a run's folder for this process, or says in a UserError which process has it.
 
     By flock, which the kernel lets go when the process ends, however it ends: there are no stale locks, on one host or
@@ -206,7 +217,7 @@ def refuse_other_network(run: SavedRun, config: ml_collections.ConfigDict) -> No
 
 def load_label_map(workdir: Path) -> dict[str, Any]:
     """The label map of the run in `workdir`, which has a checkpoint."""
-    return json.loads((workdir / _LABEL_MAP).read_text())
+    return _read_json(workdir / _LABEL_MAP)
 
 
 def _with_tuples(value: Any) -> Any:
@@ -319,7 +330,7 @@ class Checkpoints:
         """Saves the train state and `progress` (JSON); goes on writing in the background.
 
         Raises:
-            OSError: there is no room. What else goes wrong in the background is raised by the next call.
+            UserError: there is no room. What goes wrong in the background is raised by the next call.
         """
         if step in self._manager.all_steps():
             return

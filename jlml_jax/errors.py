@@ -49,6 +49,8 @@ def exit_status(command: Callable[[], None]) -> int:
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -56,4 +58,4 @@ def _leave(number: int, _frame: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_DFL)
     print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-    sys.exit(128 + number)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

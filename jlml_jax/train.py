@@ -194,10 +194,10 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, o
     return _Run(asked, config, workdir, trial, others, mesh, model, optimizer, initial, label_map, source)
 
 
-def _claim(workdir: Path, *run: Any) -> contextlib.AbstractContextManager:
+def _claim(workdir: Path, *run: Any) -> contextlib.ExitStack:
     """`claim_workdir` by process 0, for all."""
     lock = parallel.together(lambda: claim_workdir(workdir, *run) if jax.process_index() == 0
-                             else contextlib.nullcontext())
+                             else contextlib.ExitStack())
     parallel.together(lambda: await_claimed(workdir))
     return lock
 

@@ -241,6 +241,14 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tiny_conf
     claim_workdir(tmp_path / "run", tiny_config, LABELS).close()
 
 
+@pytest.mark.parametrize("name", ["config.json", "label_map.json"])
+def test_what_describes_a_run_is_not_guessed_when_it_is_damaged(run, tiny_config, name):
+    truncate(run / name)
+    for _ in range(2):  # the refusal lets go of the lock
+        with pytest.raises(UserError, match=f"{run / name} is damaged or gone .*; copy it back from elsewhere"):
+            claim_workdir(run, tiny_config, LABELS)
+
+
 def test_the_folder_of_several_trials_may_be_used_by_several_runs(tiny_config, tmp_path):
     with claim_workdir(tmp_path, tiny_config), claim_workdir(tmp_path, tiny_config):
         assert not (tmp_path / "lock").exists()
