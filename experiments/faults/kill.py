@@ -251,7 +251,11 @@ class Campaign:
                 self.wrong.append(f"{self._job.name}: status {status}, {''.join(process.errors)[-500:]}")
             return
         sent = time.monotonic()
-        status = process.end(self._number, LEAVE_WITHIN)
+        try:
+            status = process.end(self._number, LEAVE_WITHIN)
+        except subprocess.TimeoutExpired:
+            self.wrong.append(f"{self._job.name}: not gone {LEAVE_WITHIN} s after {self._number.name} in {phase}")
+            return
         self.slowest = max(self.slowest, time.monotonic() - sent)
         seen = next(name for name in reversed(self._job.phases) if self._job.phases[name](process, folder))
         self.killed[seen] += 1
@@ -272,6 +276,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     rng, number = random.Random(options.seed), signal.Signals[f"SIG{options.signal}"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or the commands would ignore it, as a shell's jobs do
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         _write_crops(Path(folder) / "crops")
