@@ -1,6 +1,7 @@
 """L2 distances between features, by blocks of a gallery that may be far larger than what memory has room for twice."""
 
 import abc
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from jlml_jax.errors import UserError
 BLOCK = 32 << 10  # gallery images whose distances are computed before the next are looked at
 _MAX_THREADS = 8  # bounds the memory
 _READ_AT_ONCE = 1 << 20  # numbers of a matrix that one thread copies at a time
+_RANGE = 2.0**60  # of sizes whose squares float32 holds beside each other
 _CLOSE = 0.1  # squared distance / (sum of squared norms) below which the matmul expansion has cancelled too much
 
 # From gallery columns int [B] to a function of queries int [n] to their distances [n, B]; threads call it.
@@ -53,9 +55,10 @@ def l2_distances(query_features: Features, gallery_features: Features) -> np.nda
 
     By the matmul expansion on centred features; what cancels there is summed anew from the differences. So the
     relative error stays below 1e-5 far from the origin and for near-duplicates too, and identical rows are at 0.
+    Differences below 1e-19 of the largest value are lost.
 
     Raises:
-      UserError: a feature is NaN or infinite.
+      UserError: a feature is NaN, infinite or immensely larger than the others.
       ValueError: shapes do not agree.
     """
     query, gallery = checked_pair(query_features, gallery_features)
@@ -124,11 +127,19 @@ def squared_l2(query: np.ndarray, gallery: np.ndarray | LazyRows, products: Prod
     grid = np.ldexp(1.0, np.frexp(spread)[1])
     centre = np.where(spread > 0, np.round(mean / grid) * grid, mean).astype(dtype)
     # Without a common scale, squares of very large or very small features would leave float32's range.
-    def largest_of(features: np.ndarray) -> float:
-        return float(np.abs(features - centre).max(initial=0))
+    def largest_of(features: np.ndarray, part: slice) -> tuple[float, int]:
+        sizes = np.abs(features[part] - centre).max(axis=1)
+        return float(sizes.max()), part.start + int(sizes.argmax())
+
+    def largest_row(features: np.ndarray | LazyRows) -> tuple[float, int]:
+        return max(pool.map(functools.partial(largest_of, features), _parts(features)), default=(0.0, 0))
 
     with threads() as pool:
-        largest = max(largest_of(query), *pool.map(lambda part: largest_of(gallery[part]), _parts(gallery)))
+        largest, row, name = max((*largest_row(query), "query"), (*largest_row(gallery), "gallery"))
+    typical = float(np.median(np.abs(sample - centre).max(axis=1)))
+    if 0 < typical < largest / _RANGE:
+        raise UserError(f"{name} features: row {row} has values of {largest:.0e} where those of most others are of "
+                        f"{typical:.0e}, which would vanish beside them; mend it or leave it out")
     scale = math.ldexp(1.0, min(100, max(-100, math.frexp(largest)[1])))
 
     def centred(features: np.ndarray) -> np.ndarray:

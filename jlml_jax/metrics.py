@@ -95,7 +95,7 @@ def evaluate_ranking(
       products: what multiplies matrices.
 
     Raises:
-      UserError: a feature is NaN or infinite, or no query has a true match.
+      UserError: a feature is NaN, infinite or immensely larger than the others, or no query has a true match.
       ValueError: shapes do not agree, or identities or cameras are not integers.
     """
     query, gallery = checked_pair(query_features, gallery_features)

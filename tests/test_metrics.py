@@ -299,6 +299,35 @@ def test_refuses_values_that_are_not_finite(bad):
         l2_distances(large[:1], large)
 
 
+@pytest.mark.parametrize("side, row", [(0, 4), (1, 0), (1, 6)])
+def test_refuses_a_row_beside_which_the_others_would_vanish(side, row):
+    """In units of 1e25 the squares of the others are 0 in float32, and all would be equally far."""
+    rng = np.random.default_rng(0)
+    features = [rng.normal(size=(5, 8)).astype(np.float32), rng.normal(size=(7, 8)).astype(np.float32)]
+    labels = ([1] * 5, [1, 2, 3, 1, 2, 3, 1], [1] * 5, [2] * 7)
+    features[side][row] *= 1e15  # that much is well
+    expected = np.sqrt(((features[0][:, None].astype(np.float64) - features[1]) ** 2).sum(axis=2))
+    np.testing.assert_allclose(l2_distances(*features), expected, rtol=5e-6)
+    features[side][row] *= 1e10
+    for refuses in (l2_distances, lambda *features: metrics.evaluate_ranking(*features, *labels)):
+        with pytest.raises(UserError, match=f"{('query', 'gallery')[side]} features: row {row} has values of [1-9]e.2"):
+            refuses(*features)
+
+
+@pytest.mark.parametrize("offset, spread", [(0, 1), (100, 1e-3), (3e4, 1e-2)])
+def test_order_is_that_of_float64_where_distances_differ_by_more_than_1e_5(offset, spread):
+    """Distances that are 2e-5 apart, one after the other, however far off the features lie."""
+    rng = np.random.default_rng(0)
+    query = (offset + spread * rng.normal(size=(1, 256))).astype(np.float64)
+    directions = rng.normal(size=(400, 256))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    steps = rng.permutation(400)
+    gallery = query + 10 * spread * (1 + 2e-5) ** steps[:, None] * directions
+    if not offset:  # at an offset float32 itself would round the distances
+        query, gallery = query.astype(np.float32), gallery.astype(np.float32)
+    np.testing.assert_array_equal(l2_distances(query, gallery)[0].argsort(), steps.argsort())
+
+
 def test_refuses_shapes_and_labels_that_do_not_fit():
     good = [[1, 2], [1, 2, 3], [1, 1], [2, 2, 2]]
     metrics.rank_metrics(np.ones((2, 3)), *good)
