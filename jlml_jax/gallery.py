@@ -241,7 +241,8 @@ class NearestNeighbours:
             eligible: bool [N], rows that may be found; None: all.
 
         Raises:
-            ValueError: shapes do not agree, or a value is not finite.
+            ValueError: shapes do not agree, or a value of the query is not finite.
+            UserError: a feature is not finite: what holds it is damaged.
         """
         query = np.asarray(query, np.float32)
         if query.shape != self._features.shape[1:] or not np.isfinite(query).all() or top_k < 1:
@@ -252,6 +253,11 @@ class NearestNeighbours:
             return rows, np.empty(0)
         squared = np.concatenate([np.asarray(part) for part in
                                   [_squared_distances(chunk, query) for chunk in self._chunks]])
+        suspects = np.flatnonzero(~np.isfinite(squared))  # or only so large that their squares overflow
+        bad = suspects[[not np.isfinite(self._features[row]).all() for row in suspects]]
+        if len(bad):
+            raise UserError(f"the gallery's features are damaged: {len(bad):,} rows are not finite, the first of them "
+                            f"{bad[0]}; make the gallery anew")
         squared = squared if eligible is None else squared[rows]
         if len(rows) > top_k:
             cut = float(np.partition(squared, top_k - 1)[top_k - 1])

@@ -84,6 +84,7 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    metrics["parameter_norm"] = optax.tree.norm((params, batch_stats))  # finite if all that is saved and evaluated is
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jlml_jax import datasets, evaluate, extract, features_file, parallel
+from jlml_jax import datasets, evaluate, extract, features_file, load_extractor, parallel
 from jlml_jax.checkpoints import load_run
+from jlml_jax.errors import UserError
 from jlml_jax.models import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +178,15 @@ def test_a_full_disk_leaves_what_was_there(capsys, monkeypatch, tiny_run, loaded
     status, _, err = run(capsys, *arguments)
     assert status == 2 and "No space left" in err
     assert output.read_bytes() == before and [path.name for path in tmp_path.iterdir() if path.is_file()] == ["f.npz"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(tiny_run, monkeypatch, bad):
+    run = load_run(tiny_run)
+    run.variables["params"]["global_head"]["fc"]["bias"][3] = bad
+    monkeypatch.setattr("jlml_jax.extractor.load_run", lambda workdir: run)
+    with pytest.raises(UserError, match="features are not finite; the weights are unusable"):
+        load_extractor(tiny_run)(images(2))
 
 
 def test_files_that_are_not_whole_or_hold_pickles_are_refused(tmp_path):

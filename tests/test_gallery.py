@@ -203,6 +203,16 @@ def test_only_eligible_rows_are_found():  # of equal distances, the lower row fi
             search.search(query, top_k)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_features_that_are_not_finite_are_told_and_not_just_never_found(bad):
+    gallery = np.ones((20, 4), np.float32)
+    gallery[[7, 12], [0, 3]] = bad
+    eligible = np.arange(20) < 5  # what is damaged there may be damaged here
+    for rows in (None, eligible):
+        with pytest.raises(UserError, match="2 rows are not finite, the first of them 7"):
+            NearestNeighbours(gallery).search(np.zeros(4, np.float32), 3, rows)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU reads the file where it lies")
 def test_a_memory_map_is_searched_where_it_lies(tmp_path):
     np.random.default_rng(0).standard_normal((5000, 1024), np.float32).tofile(tmp_path / "f")
