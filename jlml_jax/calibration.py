@@ -160,7 +160,7 @@ def load_verdicts(workdir: Path, extractor: Extractor) -> Verdicts | None:
         fingerprint = str(content["fingerprint"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}); {again}") from error
     if fingerprint != extractor.fingerprint:
         raise UserError(f"{path} is of another model (fingerprint {fingerprint}) than the run now is "

@@ -26,6 +26,7 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
+from configs import default
 from jlml_jax import parallel
 from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError, storage_errors_told
@@ -38,6 +39,7 @@ _VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on anot
 
 _LABEL_MAP, _CONFIG, _LOCK, _CHECKPOINTS, _DIGESTS = (
     "label_map.json", "config.json", "lock", "checkpoints", "sha256.json")
+_LABEL_MAP_FIELDS = {"dataset", "fingerprint", "identities", "init_from"}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -173,12 +175,16 @@ def load_run(workdir: str | Path) -> SavedRun:
     if trials:
         raise UserError(f"{workdir} holds several trials; give one of them, such as {workdir / trials[0]}")
     try:
-        config = ml_collections.ConfigDict(_with_tuples(json.loads((workdir / _CONFIG).read_text())))
+        config = default.get_config()  # of fields that came after the run
+        with config.unlocked():
+            config.update(_with_tuples(json.loads((workdir / _CONFIG).read_text())))
         label_map = json.loads((workdir / _LABEL_MAP).read_text())
+        if not isinstance(label_map, dict) or not label_map.keys() >= _LABEL_MAP_FIELDS:
+            raise ValueError(f"{_LABEL_MAP} lacks {', '.join(sorted(_LABEL_MAP_FIELDS))}")
     except OSError as error:
         raise UserError(f"{workdir} is not a run's folder ({error.strerror}: {Path(error.filename).name}); give one "
                         "that jlml_jax.main has made") from error
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{workdir} has a damaged {_CONFIG} or {_LABEL_MAP} ({error}); train again") from error
     if not has_checkpoint(workdir):
         raise UserError(f"{workdir} has no checkpoint yet; train it first")

@@ -15,7 +15,6 @@ there are boxes) and features (a list of D float32); root and fingerprint are me
 import contextlib
 import dataclasses
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -115,9 +114,11 @@ def read(path: Path) -> FeaturesFile:
             raise ValueError("its columns are not of one length")
         if table.boxes is not None and (table.boxes.shape != (n, 4) or table.boxes.dtype.kind != "i"):
             raise ValueError("its boxes are not four integers each")
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error}); give a file that extract has made") from error
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and zlib raise whatever the bytes lead them to
         raise UserError(f"{path} is not a whole file of features ({' '.join(map(str, error.args))}); make it again "
                         "with python -m jlml_jax.extract") from error
     bad = np.flatnonzero(~np.isfinite(table.features).all(axis=1))

@@ -26,6 +26,7 @@ from jlml_jax.user_images import LoadedImage, UserImage
 
 _DATABASE, _FEATURES, _LOCK = "gallery.sqlite", "features.f32", "lock"
 _FORMAT = 1  # user_version of the database
+_MAX_DIM = 1 << 20
 _TABLES = f"""
 BEGIN;
 CREATE TABLE model (fingerprint TEXT NOT NULL, dim INTEGER NOT NULL);
@@ -63,7 +64,10 @@ class Gallery:
             raise UserError(f"cannot open the gallery {folder} ({error}); give another folder") from error
         if self._query("PRAGMA user_version") != [(_FORMAT,)]:
             raise UserError(f"{folder} is a gallery of another version, or not a whole one; give another folder")
-        (self.fingerprint, self.dim), = self._query("SELECT fingerprint, dim FROM model")
+        models = self._query("SELECT fingerprint, dim FROM model")
+        if len(models) != 1 or not isinstance(models[0][0], str) or models[0][1] not in range(1, _MAX_DIM):
+            raise self._damaged(f"its model is {models[:2]}")
+        (self.fingerprint, self.dim), = models
         self._map()
 
     @classmethod
@@ -94,7 +98,10 @@ class Gallery:
     @property
     def cameras(self) -> np.ndarray:
         """The cameras, str [N], empty where not known."""
-        return np.array([camera for camera, in self._query("SELECT camera FROM images ORDER BY row")], np.str_)
+        cameras = [camera for camera, in self._query("SELECT camera FROM images ORDER BY row")]
+        if not all(isinstance(camera, str) for camera in cameras):
+            raise self._damaged("cameras are not text")
+        return np.array(cameras, np.str_)
 
     def digests(self) -> set[bytes]:
         """Of all images in the gallery."""
@@ -104,6 +111,9 @@ class Gallery:
         """The image that row `row` is of."""
         (file, identity, camera, *box), = self._query(
             "SELECT file, identity, camera, x, y, width, height FROM images WHERE row = ?", int(row))
+        if not all(isinstance(text, str) for text in (file, identity, camera)) or box != [None] * 4 and not all(
+                isinstance(number, int) for number in box):
+            raise self._damaged(f"row {row} is not an image")
         return UserImage(Path(file), file, identity, camera, None if box[0] is None else tuple(box))
 
     def rows(self, digests: Collection[bytes]) -> np.ndarray:
@@ -164,8 +174,11 @@ class Gallery:
     def _query(self, query: str, *parameters: object) -> list[tuple]:
         try:
             return self._database.execute(query, parameters).fetchall()
-        except sqlite3.Error as error:
-            raise UserError(f"{self.folder / _DATABASE} is damaged ({error}); make the gallery anew") from error
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, why: object) -> UserError:
+        return UserError(f"{self.folder / _DATABASE} is damaged ({why}); make the gallery anew")
 
     def _map(self) -> None:
         (count, last), = self._query("SELECT count(*), max(row) FROM images")

@@ -249,6 +249,35 @@ def test_single_gallery_shot_is_set_by_its_seed_and_ends_where_no_choice_is():
     )
 
 
+def test_defaults_are_ten_draws_of_seed_0_and_50_ranks():
+    rng = np.random.default_rng(0)
+    query, gallery = rng.normal(size=(30, 8)), rng.normal(size=(90, 8))
+    labels = random_labels(rng, 30, 90, num_ids=12)
+    distances = squared_distances(query, gallery)
+    expected = score_single_shot(distances, *labels, 50, repeats=10, seed=0)
+    assert_equal(metrics.evaluate_ranking(query, gallery, *labels, single_gallery_shot=True), expected)
+    assert_equal(metrics.rank_metrics(distances, *labels, single_gallery_shot=True), expected)
+    assert len(metrics.rank_metrics(distances, *labels).cmc) == 50
+    assert len(metrics.evaluate_ranking(query, gallery, *labels).cmc) == 50
+
+
+def test_scores_of_each_query_are_those_of_its_own_ranking():
+    rng = np.random.default_rng(0)
+    query, gallery = rng.normal(size=(40, 8)), rng.normal(size=(60, 8))
+    labels = random_labels(rng, 40, 60)
+    distances = squared_distances(query, gallery)
+    ranks, precisions = metrics.query_scores(query, gallery, *labels)
+    assert ranks.shape == precisions.shape == (40,)
+    alone = [score([distances[q]], labels[0][[q]], labels[1], labels[2][[q]], labels[3], 60) for q in range(40)]
+    assert sum(one is None for one in alone) > 5  # junk, distractors, people who are not there
+    for one, rank, precision in zip(alone, ranks, precisions, strict=True):
+        if one is None:
+            assert rank == 0 and np.isnan(precision)
+        else:
+            assert rank == 1 + np.flatnonzero(one[0])[0]
+            assert precision == pytest.approx(one[1], abs=1e-6)
+
+
 def test_a_repeat_without_any_match_is_left_out():
     distances = np.array([[0.5, 0.1, 0.2]])
     labels = ([1], [1, 1, 2], [1], [1, 2, 2])  # the person's first image is from the query's camera
@@ -293,6 +322,9 @@ def test_refuses_values_that_are_not_finite(bad):
             metrics.evaluate_ranking(np.ones((3, 3)), matrix, *labels)
         with pytest.raises(UserError, match="query features: row 1 "):
             l2_distances(matrix, np.ones((3, 3)))
+    for matrix in (np.array([[bad, 1]]), np.array([[1, 1], [1, bad]])):
+        with pytest.raises(UserError, match=f"row {len(matrix) - 1} "):
+            l2_distances(matrix, np.ones((3, 2)))
     large = np.ones((5000, 300), np.float32)
     large[4321, 7] = bad
     with pytest.raises(UserError, match="gallery features: row 4321 "):
