@@ -184,7 +184,7 @@ def load_run(workdir: str | Path) -> SavedRun:
     except OSError as error:
         raise UserError(f"{workdir} is not a run's folder ({error.strerror}: {Path(error.filename).name}); give one "
                         "that jlml_jax.main has made") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{workdir} has a damaged {_CONFIG} or {_LABEL_MAP} ({error}); train again") from error
     if not has_checkpoint(workdir):
         raise UserError(f"{workdir} has no checkpoint yet; train it first")

@@ -138,8 +138,9 @@ def test_a_labelled_split_and_the_verdicts_that_follow(capsys, workdir, tiny_ext
     (workdir / "calibration.json").write_text(json.dumps(content))
     status, _, err = run(compare, capsys, a, b, f"--workdir={workdir}")
     assert status == 2 and "0123456789abcdef" in err and extractor.fingerprint in err
-    (workdir / "calibration.json").write_text("{}")
-    assert "is damaged" in run(compare, capsys, a, b, f"--workdir={workdir}")[2]
+    for damaged in ("{}", "[" * 100_000):
+        (workdir / "calibration.json").write_text(damaged)
+        assert "is damaged" in run(compare, capsys, a, b, f"--workdir={workdir}")[2]
 
 
 def test_people_of_the_training_are_refused(capsys, workdir):

@@ -205,6 +205,17 @@ def test_files_that_are_not_whole_or_hold_pickles_are_refused(tmp_path):
     }.items():
         damaged.append(tmp_path / f"{name}.npz")
         np.savez(damaged[-1], **arrays | change)
+    for at, value, name in ((6, 1, "encrypted"), (6, 32, "patched"), (8, 99, "compressed"), (4, 99, "version")):
+        damaged.append(tmp_path / f"{name}.npz")
+        changed = bytearray(whole)
+        changed[whole.index(b"PK\1\2") + 2 + at] = value
+        changed[at] = value
+        damaged[-1].write_bytes(changed)
+    np.savez_compressed(tmp_path / "deflated.npz", **arrays)
+    deflated = bytearray((tmp_path / "deflated.npz").read_bytes())
+    deflated[60:100] = b"\xff" * 40
+    damaged.append(tmp_path / "deflated.npz")
+    damaged[-1].write_bytes(deflated)
     for name in ("lacking.npz", "other.parquet"):
         (tmp_path / name).write_bytes(b"text")
         damaged.append(tmp_path / name)

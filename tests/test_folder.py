@@ -237,8 +237,8 @@ def test_images_that_are_not_there(write, refusal, shop):
     (shop / "in").mkdir()
     crop().save(shop / "b.png")
     error = refusal(write("a.png,1,1,train", "b.png,1,1,train", "in,1,1,train", "in\\b.png,1,1,train",
-                          "b.png/c,1,1,train", images=False))
-    assert f"4 images are not in {shop}: a.png, in, in\\b.png, ...; paths start from the CSV's folder" in error
+                          "b.png/c,1,1,train", f"{'b' * 300}.png,1,1,train", images=False))
+    assert f"5 images are not in {shop}: a.png, in, in\\b.png, ...; paths start from the CSV's folder" in error
 
 
 def test_links(write, refusal, shop, tmp_path):

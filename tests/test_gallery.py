@@ -145,12 +145,30 @@ def another_version(folder):
         database.execute("PRAGMA user_version = 99")
 
 
-@pytest.mark.parametrize("damage", [damage_features, damage_database, another_version])
+def statement(text):
+    """Damage by an SQL statement that the tables' own constraints would not let through."""
+    def damage(folder):
+        with sqlite3.connect(folder / "gallery.sqlite") as database:
+            database.executescript(f"""
+                PRAGMA writable_schema = ON; UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', '');
+                PRAGMA writable_schema = RESET; {text};""")
+    return damage
+
+
+@pytest.mark.parametrize("damage", [
+    damage_features, damage_database, another_version, statement("DELETE FROM model"),
+    statement("INSERT INTO model VALUES ('f', 16)"), statement("UPDATE model SET fingerprint = CAST(x'ff' AS TEXT)"),
+    *(statement(f"UPDATE model SET dim = {dim}") for dim in ("NULL", "0", "-16", "1 << 40", "'many'")),
+    statement("UPDATE images SET file = NULL"), statement("UPDATE images SET camera = x'00'"),
+    statement("UPDATE images SET identity = CAST(x'ff' AS TEXT)"), statement("UPDATE images SET x = 'left'"),
+])
 def test_a_damaged_gallery_is_refused(tmp_path, damage):
     filled(tmp_path).close()
     damage(tmp_path)
     with pytest.raises(UserError, match=str(tmp_path)):
-        Gallery(tmp_path)
+        gallery = Gallery(tmp_path)
+        assert len(gallery.cameras) == len(gallery)
+        gallery.image(0)
 
 
 def test_a_gallery_is_not_made_amid_other_files(tmp_path):

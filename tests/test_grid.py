@@ -95,6 +95,17 @@ def test_damaged_partitions(refused, original, arguments):
     assert "does not read as a MATLAB file" in refused(*arguments)
 
 
+def test_partitions_that_crash_their_reader(refused, original, arguments):
+    """SciPy's ends by a segmentation fault if a cell array is said to be one of doubles."""
+    path = original / PARTITIONS
+    scipy.io.savemat(path, {"trainIdxAll": np.array([{"train": [1.0, 2.0]}, {"train": [3.0]}], object)})
+    damaged = bytearray(path.read_bytes())
+    assert damaged[144] == 1  # mxCELL_CLASS
+    damaged[144] = 6  # mxDOUBLE_CLASS
+    path.write_bytes(damaged)
+    assert "does not read as a MATLAB file" in refused(*arguments)
+
+
 def test_wrong_partitions(refused, original, arguments):
     write_grid_partitions(original, ORDERS, "trainIdx")
     assert "has no trainIdxAll" in refused(*arguments)

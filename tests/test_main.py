@@ -28,6 +28,7 @@ def run_main(*arguments, folder, **environment):
     (["--confg=configs/default.py"], "Unknown command line flag 'confg'. Did you mean: config"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),
     (["--mode=test"], "train_and_evaluate|train|evaluate"),
+    (["--" + "x" * 3000], "maximum recursion depth exceeded"),
     (["configs/default.py"], "unexpected argument 'configs/default.py'"),
     (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is an address, not a folder: give one on a file system"),
     (["--config.data.data_dir=gs://bucket/data"], "data_dir=gs://bucket/data is an address, not a folder"),

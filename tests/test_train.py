@@ -161,11 +161,16 @@ def test_a_run_is_loaded_with_its_latest_weights(tiny_config, tmp_path):
 def test_what_is_not_a_run_is_not_loaded(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"is not a run's folder \(No such file or directory: config.json\)"):
         load_run(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    (tmp_path / "label_map.json").write_text("{}")
-    with pytest.raises(UserError, match="damaged config.json or label_map.json"):
-        load_run(tmp_path)
-    (tmp_path / "config.json").write_text(tiny_config.to_json())
+    label_map = {"dataset": "market1501", "fingerprint": "0", "identities": {"market1501": [1]}, "init_from": None}
+    whole = {"config.json": tiny_config.to_json(), "label_map.json": json.dumps(label_map)}
+    for file, content in (("config.json", "{"), ("config.json", "[1]"), ("config.json", '{"model": {"depth": "3"}}'),
+                          ("config.json", '{"data": 3}'), ("config.json", "[" * 100_000), ("label_map.json", "[]"),
+                          ("label_map.json", "{}")):
+        for name, text in (whole | {file: content}).items():
+            (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="damaged config.json or label_map.json"):
+            load_run(tmp_path)
+    (tmp_path / "label_map.json").write_text(whole["label_map.json"])
     with pytest.raises(UserError, match="has no checkpoint yet; train it first"):
         load_run(tmp_path)
     (tmp_path / "trial-03").mkdir()

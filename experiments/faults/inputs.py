@@ -420,7 +420,8 @@ def _try(target: Target, data: bytes, current: mmap.mmap) -> str:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _work(name: str, seed: int, indices: range, current: mmap.mmap, results: multiprocessing.SimpleQueue) -> None:
+def _work(name: str, seed: int, indices: range, deadline: float, current: mmap.mmap,
+          results: multiprocessing.SimpleQueue) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         target = TARGETS[name](Path(folder))
         for warm in target.seeds[:20]:
@@ -433,17 +434,21 @@ def _work(name: str, seed: int, indices: range, current: mmap.mmap, results: mul
             counts[outcome if outcome in ("taken", "refused") else "failed"] += 1
             if outcome not in ("taken", "refused"):
                 failures.append((index, data, outcome))
-            if index % 500 == 499 or index == indices[-1] or failures:
+            late = time.monotonic() > deadline
+            if index % 500 == 499 or index == indices[-1] or failures or late:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 results.put((index, dict(counts), failures, peak))
                 counts, failures = collections.Counter(), []
+            if late:
+                break
 
 
-def campaign(name: str, count: int, seed: int, keep: Path) -> dict:
-    """Tries `count` mutations in processes that may die; one that does is followed by another."""
+def campaign(name: str, count: int, seed: int, keep: Path, minutes: float = float("inf")) -> dict:
+    """Tries `count` mutations, for `minutes` at most, in processes that may die: another one then goes on."""
     context = multiprocessing.get_context("fork")
     done, total, peak, reasons = 0, collections.Counter(), 0, collections.Counter()
     started = time.monotonic()
+    deadline = started + 60 * minutes
 
     def failed(index: int, data: bytes, why: str) -> None:
         last = why.strip().splitlines()
@@ -455,10 +460,10 @@ def campaign(name: str, count: int, seed: int, keep: Path) -> dict:
             (keep / f"{name}-{index}").write_bytes(data)
             print(f"{name} {index}: {reason}", flush=True)
 
-    while done < count:
+    while done < count and time.monotonic() < deadline:
         current = mmap.mmap(-1, _LONGEST + 8)
         results = context.SimpleQueue()
-        process = context.Process(target=_work, args=(name, seed, range(done, count), current, results))
+        process = context.Process(target=_work, args=(name, seed, range(done, count), deadline, current, results))
         process.start()
         while process.is_alive() or not results.empty():
             if results.empty():
@@ -509,13 +514,14 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, required=True)
     parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which it ends in any case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coverage", action="store_true", help="by coverage, with atheris")
     parser.add_argument("--failures", type=Path, default=Path("failures"), help="folder for inputs that fail")
     options = parser.parse_args()
     if options.coverage:
         covered(options.target, options.count, options.seed, options.failures)
-    result = campaign(options.target, options.count, options.seed, options.failures)
+    result = campaign(options.target, options.count, options.seed, options.failures, options.minutes)
     print(json.dumps(result))
     return 1 if result.get("failed") else 0
 

@@ -28,9 +28,9 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 TIMEOUT = 120  # seconds of a process; a mutant that takes longer is killed, as one that fails
-# Bitwise operators, shifts, remainders and powers fail at once on floats; of each arithmetic operator the other
-# arithmetic ones are tried.
-_LEFT_OUT = re.compile("core/ReplaceBinaryOperator_.*_(BitAnd|BitOr|BitXor|LShift|RShift|Mod|Pow)")
+# Bitwise operators, shifts, remainders and powers fail at once on floats: of each arithmetic operator the other
+# arithmetic ones are tried. Operators on variables want to be told which.
+_LEFT_OUT = re.compile("core/(ReplaceBinaryOperator_.*_(BitAnd|BitOr|BitXor|LShift|RShift|Mod|Pow)|Variable.*)")
 
 
 def mutants(source: str) -> list[tuple[str, str]]:

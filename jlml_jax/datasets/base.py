@@ -24,8 +24,8 @@ from jlml_jax.errors import UserError
 JUNK = -1
 DISTRACTOR = 0
 
-# Pillow only warns of an image that is up to twice too large; `open_rgb` refuses it.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# Of what is damaged but decodes, and of an image that is up to twice too large, which `open_rgb` refuses.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

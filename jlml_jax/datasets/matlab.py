@@ -15,7 +15,7 @@ from jlml_jax.errors import UserError
 _PROGRAM = """
 import json, resource, sys
 import scipy.io
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30,) * 2)
 path, *names = sys.argv[1:]
 try:
     variables = scipy.io.loadmat(path, variable_names=names, simplify_cells=True)
