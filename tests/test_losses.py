@@ -129,6 +129,14 @@ def test_cross_entropy_of_equal_logits_is_that_of_chance():
     np.testing.assert_allclose(jax.jit(cross_entropy)(logits, np.arange(4)), np.log(751), rtol=1e-6)
 
 
+def test_labels_are_not_smoothed_unless_asked_for():
+    outputs, params, labels = inputs(["global"], ["global"])
+    expected = reference_cross_entropy(outputs["logits"]["global"], labels, 0.0)
+    np.testing.assert_allclose(cross_entropy(outputs["logits"]["global"], labels), expected, rtol=1e-5)
+    loss, _ = jlml_loss(outputs, params, labels, lambda_global=0.0, lambda_local=0.0, num_strips=STRIPS)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
 def inputs(heads, branches=("global", "local")):
     rng = np.random.default_rng(0)
     outputs = {"features": {branch: jnp.zeros((6, 7)) for branch in branches},
