@@ -39,7 +39,6 @@ _VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on anot
 
 _LABEL_MAP, _CONFIG, _LOCK, _CHECKPOINTS, _DIGESTS = (
     "label_map.json", "config.json", "lock", "checkpoints", "sha256.json")
-_LABEL_MAP_FIELDS = {"dataset", "fingerprint", "identities", "init_from"}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -179,8 +178,8 @@ def load_run(workdir: str | Path) -> SavedRun:
         with config.unlocked():
             config.update(_with_tuples(json.loads((workdir / _CONFIG).read_text())))
         label_map = json.loads((workdir / _LABEL_MAP).read_text())
-        if not isinstance(label_map, dict) or not label_map.keys() >= _LABEL_MAP_FIELDS:
-            raise ValueError(f"{_LABEL_MAP} lacks {', '.join(sorted(_LABEL_MAP_FIELDS))}")
+        if not isinstance(label_map, dict) or {"dataset", "fingerprint", "identities", "init_from"} - label_map.keys():
+            raise ValueError(f"{_LABEL_MAP} lacks fields")
     except OSError as error:
         raise UserError(f"{workdir} is not a run's folder ({error.strerror}: {Path(error.filename).name}); give one "
                         "that jlml_jax.main has made") from error
