@@ -137,6 +137,11 @@ def test_labels_are_not_smoothed_unless_asked_for():
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+def test_the_weights_are_given_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        jlml_loss(*inputs(["global"], ["global"]), 0.0, 0.0, STRIPS)
+
+
 def inputs(heads, branches=("global", "local")):
     rng = np.random.default_rng(0)
     outputs = {"features": {branch: jnp.zeros((6, 7)) for branch in branches},
