@@ -1,7 +1,8 @@
 """Hostile inputs: python -m experiments.faults.inputs --target=csv --count=1000000 [--seed=0] [--coverage]
 
 Mutates good inputs and feeds them to what reads them. It may take an input or refuse it by a UserError; any other
-exception, a crash, more than 20 seconds or 2 GiB for one input is a failure, and the input is kept in --failures.
+exception, a crash, more than 20 seconds of CPU or 2 GiB for one input is a failure, and the input is kept in
+--failures.
 With --coverage, atheris chooses the mutations by the lines that they reach (pip install atheris).
 """
 
@@ -402,13 +403,15 @@ def _limited() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _try(target: Target, data: bytes, current: mmap.mmap) -> str:
     """taken, refused, or the traceback."""
     current[:8 + len(data)] = len(data).to_bytes(8, "little") + data  # that stays when the process does not
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of CPU: the machine may be busy
+    signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
     try:
         target.read(data)
         return "taken"
@@ -417,6 +420,7 @@ def _try(target: Target, data: bytes, current: mmap.mmap) -> str:
     except BaseException:
         return traceback.format_exc()
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
