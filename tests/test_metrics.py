@@ -291,7 +291,7 @@ def test_a_repeat_without_any_match_is_left_out():
 @pytest.mark.parametrize(
     "labels, cause",
     [
-        (([1, 2], [1, 2], [4, 4], [4, 4]), "all images have camera 4"),
+        (([2, 3], [2, 3], [4, 4], [4, 4]), "all images have camera 4"),
         (([0, -1], [1, 2], [1, 1], [2, 2]), "no query shows a person"),
         (([1, 2], [3, 0], [1, 1], [2, 2]), "no query identity is in the gallery"),
         (([1, 2], [1, 2], [1, 2], [1, 2]), "query's own camera"),
