@@ -29,7 +29,7 @@ from jlml_jax.errors import UserError, storage_errors_told
 from jlml_jax.logs import TrainingLog
 
 ROOT = Path(__file__).parents[1]
-LABELS = {"dataset": "market1501"}
+LABELS = {"dataset": "market1501", "fingerprint": "0123", "identities": {"market1501": [2, 4]}, "init_from": None}
 
 
 def state_of(step):

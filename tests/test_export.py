@@ -264,7 +264,7 @@ def test_runs_that_cannot_be_exported(refused, run, tmp_path, tiny_config, monke
     flags = "--format=onnx", f"--output={tmp_path}/x"
     (run / "calibration.json").write_text("{")
     assert "calibration.json does not read" in refused(f"--workdir={run}", *flags)
-    claim_workdir(tmp_path / "new", tiny_config, {"dataset": "market1501"})
+    claim_workdir(tmp_path / "new", tiny_config, load_run(run).label_map).close()
     assert "has no checkpoint yet" in refused(f"--workdir={tmp_path / 'new'}", *flags)
     saved = load_run(run)
     saved.variables["params"]["stem"]["norm"]["scale"][0] = np.nan

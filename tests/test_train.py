@@ -92,6 +92,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(long_config, tmp_path):
     assert "resuming after step" in output
     assert_same_run(long_config, tmp_path / "whole", tmp_path / "killed")
 
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_to_the_same_bits(long_config, tmp_path):
+    assert start(long_config, tmp_path / "whole").wait(180) == 0
     stopped = start(long_config, tmp_path / "stopped")
     output, error = stop_after(stopped, tmp_path / "stopped" / "checkpoints" / "80", signal.SIGTERM)
     assert stopped.returncode == 128 + signal.SIGTERM, error

@@ -117,6 +117,7 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(smooth_config):
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)  # of the mean, not the norms' mean
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_batch_do_not_depend_on_the_devices(smooth_config):
     smooth_config.train.accumulation_steps = 2
     (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)

@@ -19,12 +19,10 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PosixPath
 from unittest import mock
@@ -199,7 +197,7 @@ def mat(folder: Path) -> Target:
     """MATLAB files of GRID's partitions and of CUHK03's new protocol."""
     import scipy.io
 
-    from jlml_jax.datasets import cuhk03, grid, matlab
+    from jlml_jax.datasets import cuhk03, grid
     from tests.miniatures import write_cuhk03, write_grid
 
     write_grid(folder / "grid")
@@ -212,30 +210,13 @@ def mat(folder: Path) -> Target:
         variables = {name: value for name, value in variables.items() if not name.startswith("__")}
         scipy.io.savemat(encoded, variables, format=version)
         seeds.append(encoded.getvalue())
-    path, out, err = folder / "x.mat", folder / "out", folder / "err"
-
-    def run_forked(command: list[str], **_: object) -> subprocess.CompletedProcess:
-        """The reader's program as it is, in a process that need not start Python and import SciPy each time."""
-        pid = os.fork()
-        if not pid:
-            status = 1
-            with open(out, "w") as sys.stdout, open(err, "w") as sys.stderr, warnings.catch_warnings(action="ignore"):
-                sys.argv = ["-c", *command[command.index("-c") + 2:]]
-                try:
-                    exec(matlab._PROGRAM, {})
-                    status = 0
-                except SystemExit as why:
-                    print(why, file=sys.stderr)
-            os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return subprocess.CompletedProcess(command, status, out.read_bytes(), err.read_bytes())
+    path = folder / "x.mat"
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        with mock.patch.object(matlab.subprocess, "run", run_forked):
-            with contextlib.suppress(UserError):
-                grid._read_partitions(path, 6)
-            cuhk03._read_new_protocol(path, [])
+        with contextlib.suppress(UserError):
+            grid._read_partitions(path, 6)
+        cuhk03._read_new_protocol(path, [])
 
     return Target(read, seeds, [b"MATLAB 5.0 MAT-file", b"\0\1IM", b"trainIdxAll", b"train\0\0\0", b"labels\0\0",
                                 *(bytes([code, 0, 0, 0]) for code in range(20))])

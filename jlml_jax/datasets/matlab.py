@@ -1,5 +1,7 @@
 """Reading of the lists that come with benchmarks as MATLAB files."""
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -11,20 +13,32 @@ import numpy as np
 
 from jlml_jax.errors import UserError
 
-# In a process of its own: damaged bytes can lead SciPy's reader out of its memory, or to ask for all that there is.
+# In a process of its own: damaged bytes can lead SciPy's reader out of its memory, or to ask for all that there is. It
+# reads one file after another, and ends with the process that started it.
 _PROGRAM = """
 import json, resource, sys
 import scipy.io
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30,) * 2)
-path, *names = sys.argv[1:]
-try:
-    variables = scipy.io.loadmat(path, variable_names=names, simplify_cells=True)
-    text = json.dumps({name: variables[name] for name in names if name in variables}, default=lambda x: x.tolist())
-except Exception as error:
-    sys.exit(ascii(error))
-print(text)
+_, most = resource.getrlimit(resource.RLIMIT_CPU)
+for line in sys.stdin:
+    path, *names = json.loads(line)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime) + 60, most))  # seconds
+    try:
+        variables = scipy.io.loadmat(path, variable_names=names, simplify_cells=True)
+        answer = json.dumps([{name: variables[name] for name in names if name in variables}, ""],
+                            default=lambda x: x.tolist())
+    except Exception as error:
+        answer = json.dumps([{}, ascii(error)])
+    print(answer, flush=True)
 """
-_TIMEOUT = 60  # seconds; the lists take less than one
+
+
+@functools.cache
+def _reader(_parent: int) -> subprocess.Popen:
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each thread would reserve memory
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", _PROGRAM], text=True, env=environment,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 def read_mat(path: Path, *names: str) -> dict[str, Any]:
@@ -35,16 +49,17 @@ def read_mat(path: Path, *names: str) -> dict[str, Any]:
     Raises:
         UserError: it is no such file, is damaged, or lacks one of the variables.
     """
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each thread would reserve memory
-    try:
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", _PROGRAM, str(path), *names], capture_output=True,
-                              timeout=_TIMEOUT, env=environment)
-        why = done.stderr.decode(errors="replace").strip() or f"its reader ended with status {done.returncode}"
-    except subprocess.TimeoutExpired:
-        done, why = None, f"not done in {_TIMEOUT} s"
-    if done is None or done.returncode:
+    reader = _reader(os.getpid())  # a forked process must not share its parent's
+    with contextlib.suppress(BrokenPipeError):
+        reader.stdin.write(json.dumps([str(path), *names]) + "\n")
+        reader.stdin.flush()
+    if line := reader.stdout.readline():
+        variables, why = json.loads(line)
+    else:
+        _reader.cache_clear()
+        variables, why = {}, f"its reader ended with status {reader.wait()}"
+    if why:
         raise UserError(f"{path} does not read as a MATLAB file ({why[-200:]}); copy the original file again")
-    variables = json.loads(done.stdout)
     missing = [name for name in names if name not in variables]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}; copy the original file again")
