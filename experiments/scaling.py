@@ -106,12 +106,11 @@ class Slice:
 
 _H100 = "https://www.nvidia.com/en-us/data-center/h100/"
 SLICES = (
-    Slice("v5e, 16 chips", 16, 4, 197e12, "bfloat16, TPU's default for float32", 400e9, 0.25, (5e-6, 20e-6),
+    Slice("v5e, 16 chips", 16, 4, 197e12, "bfloat16", 400e9, 0.25, (5e-6, 20e-6),
           "https://docs.cloud.google.com/tpu/docs/v5e"),
-    Slice("v6e, 16 chips", 16, 4, 918e12, "bfloat16, TPU's default for float32", 800e9, 0.25, (5e-6, 20e-6),
+    Slice("v6e, 16 chips", 16, 4, 918e12, "bfloat16", 800e9, 0.25, (5e-6, 20e-6),
           "https://docs.cloud.google.com/tpu/docs/v6e"),
-    Slice("8 x H100 SXM, NVLink", 8, 1, 494.5e12, "TF32, the default for float32; half of that with sparsity",
-          900e9, 0.5, (10e-6, 30e-6), _H100),
+    Slice("8 x H100 SXM, NVLink", 8, 1, 989e12, "bfloat16, no sparsity", 900e9, 0.5, (10e-6, 30e-6), _H100),
 )
 
 
@@ -226,7 +225,8 @@ def page(counts: Counts, decoding: dict, steps: int, source: dict) -> str:
                         "latency of a small all-reduce, us (assumed)", "processes that feed it"], vendors),
         f"- Utilisation of the peak while computing: {', '.join(f'{100 * value:g}' for value in UTILISATIONS)} per "
         "cent. Convolutions of 16 to 512 channels fill a 128- or 256-wide matrix unit badly; where in this range it is "
-        "has not been measured. Every range below is over these and over the two latencies.\n"
+        "has not been measured. Every range below is over these and over the two latencies. Convolutions are in "
+        "bfloat16 (train.dtype=auto), gradients in float32.\n"
         "- The share of the links: on a TPU one direction along one axis of the 4x4 torus; on NVLink one direction.\n"
         "- The latencies are our guess at what a step waits for, collectives' start included; no vendor prints them.\n"
         "- XLA joins the gradients into few all-reduces, and those of layers side by side into one. Nothing overlaps: "

@@ -30,6 +30,7 @@ def test_several_steps_in_one_dispatch_are_the_same_steps(smooth_config, tmp_pat
     assert_close_trees(final_state(smooth_config, tmp_path / "1"), final_state(smooth_config, tmp_path / "2"))
 
 
+@pytest.mark.slow
 def test_both_loaders_train_alike(smooth_config, tmp_path):
     """The same images in the same order: at the images' own size, which nothing resizes, with the same pixels."""
     smooth_config.data.height, smooth_config.data.width = 128, 64
