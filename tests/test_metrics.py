@@ -177,6 +177,16 @@ def test_a_gallery_may_be_read_lazily_and_is_never_read_whole(monkeypatch):
         metrics.evaluate_ranking(query, lazy, *labels)
 
 
+def peak_memory(call, *arguments):
+    """Bytes that `call` takes at most, beside its arguments."""
+    tracemalloc.start()
+    try:
+        call(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def test_never_copies_the_gallery(monkeypatch):
     monkeypatch.setattr(metrics, "BLOCK", 500)
     monkeypatch.setattr(metrics, "_CHUNK_DISTANCES", 1 << 14)
@@ -186,13 +196,7 @@ def test_never_copies_the_gallery(monkeypatch):
               np.full(20_000, 2))
     labels[1][:50] = -1  # junk, which is left out
     query, gallery = (rng.standard_normal((size, 256), np.float32) for size in (100, 20_000))
-    tracemalloc.start()
-    try:
-        metrics.evaluate_ranking(query, gallery, *labels)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < gallery.nbytes / 3
+    assert peak_memory(metrics.evaluate_ranking, query, gallery, *labels) < gallery.nbytes / 3
 
 
 def test_never_holds_all_distances(monkeypatch):
@@ -200,13 +204,8 @@ def test_never_holds_all_distances(monkeypatch):
     rng = np.random.default_rng(0)
     labels = (rng.integers(1, 50, 2000), rng.integers(1, 50, 4000), np.ones(2000, int), np.full(4000, 2))
     query, gallery = rng.normal(size=(2000, 8)), rng.normal(size=(4000, 8))
-    tracemalloc.start()
-    try:
-        metrics.evaluate_ranking(query, gallery, *labels)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 2000 * 4000 * 4 / 2  # half of the matrix; the chunks of 8 threads are an eighth of that
+    half_of_the_matrix = 2000 * 4000 * 4 / 2  # the chunks of 8 threads are an eighth of that
+    assert peak_memory(metrics.evaluate_ranking, query, gallery, *labels) < half_of_the_matrix
 
 
 def test_single_gallery_shot_equals_brute_force():
