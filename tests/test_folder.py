@@ -16,8 +16,10 @@ from PIL import Image, ImageOps
 from test_prepare import WITHOUT_TENSORFLOW
 
 from jlml_jax import datasets, input_pipeline, prepare
+from jlml_jax.datasets import folder
 from jlml_jax.datasets.base import decode_image
 from jlml_jax.datasets.folder import Folder
+from jlml_jax.errors import UserError
 
 HEADER = "image,identity,camera,split"
 
@@ -480,6 +482,18 @@ def test_what_is_transparent_becomes_grey(shop):
     image = crop().convert("RGBA")
     image.putalpha(0)
     assert (decode_image(stored(shop, encoded(image, "PNG")), "a") == 128).all()
+
+
+def test_a_damaged_file_that_pillow_stumbles_over_is_named():
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(encoded, "DDS")
+    damaged = bytearray(encoded.getvalue())
+    struct.pack_into("<I", damaged, 80, 1 << 30)  # flags of its pixels, such as there are none
+    with pytest.raises(NotImplementedError):
+        Image.open(io.BytesIO(damaged))
+    assert folder._upright(bytes(damaged), "a.dds") == damaged
+    with pytest.raises(UserError, match=r"a\.dds"):
+        decode_image(bytes(damaged), "a.dds")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
