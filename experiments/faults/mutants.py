@@ -27,6 +27,8 @@ import pytest
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
+# The module, and the tests that are meant to notice a change of it.
+TESTS = {"losses": "test_losses.py", "metrics": "test_metrics.py", "distances": "test_metrics.py"}
 TIMEOUT = 120  # seconds of a process; a mutant that takes longer is killed, as one that fails
 # Bitwise operators, shifts, remainders and powers fail at once on floats: of each arithmetic operator the other
 # arithmetic ones are tried. Operators on variables want to be told which.
@@ -63,14 +65,14 @@ def passes(module: str, code: str) -> bool:
         sys.modules[spec.name] = mutated
         setattr(package, module, mutated)
         exec(compile(code, spec.origin, "exec"), mutated.__dict__)
-        status = pytest.main(["-q", "-x", "--noconftest", "-p", "no:cacheprovider", f"tests/test_{module}.py"])
+        status = pytest.main(["-q", "-x", "--noconftest", "-p", "no:cacheprovider", f"tests/{TESTS[module]}"])
     os._exit(int(status))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m experiments.faults.mutants", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--module", choices=["losses", "metrics"], required=True)
+    parser.add_argument("--module", choices=TESTS, required=True)
     parser.add_argument("--count", type=int, help="how many to try (default: all)")
     parser.add_argument("--json", type=Path, help="where to write the figures and the survivors")
     options = parser.parse_args()
