@@ -1,4 +1,4 @@
-"""From uint8 crops to the network's input, on the device: flip, crop, erase and normalise."""
+"""From uint8 crops to the network's input, on the device: resize, flip, crop, erase and normalise."""
 
 import functools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jlml_jax import sampling
 
 
 def normalise(images: jax.Array, data: ml_collections.ConfigDict) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32: (pixel / 255 - mean) / std by channel."""
+    """Pixels from 0 to 255, uint8 or float32 [B, H, W, 3] -> float32: (pixel / 255 - mean) / std by channel."""
     scale = 1.0 / (255.0 * jnp.asarray(data.std, jnp.float32))
     shift = jnp.asarray(data.mean, jnp.float32) / jnp.asarray(data.std, jnp.float32)
     return images.astype(jnp.float32) * scale - shift
@@ -26,33 +26,54 @@ def step_key(seed: int, step: jax.Array | int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STREAM), step)
 
 
-def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDict, fill: Sequence[float],
+def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDict, data: ml_collections.ConfigDict,
             axis_name: str | None = None, parts: int = 1) -> jax.Array:
-    """Random changes to a batch of uint8 crops [b, H, W, 3], independent for each.
+    """Random changes to a batch of uint8 crops [b, h, w, 3], independent for each, at the network's input size.
 
-    `fill` is the colour, by channel from 0 to 1, of what is erased: the data's mean, which is normalised to 0.
+    Crops of that size stay uint8. Smaller ones are resized by bilinear interpolation, to float32 from 0 to 255: so they
+    travel, and lie on the device, in their own few bytes.
+
+    What is erased gets the data's mean, which is normalised to 0.
     `key` is the global batch's: the device's rows, as `sampling.device_rows` has them, take their own share of what is
     drawn for all, so that the number of devices changes nothing.
     """
     devices = jax.lax.axis_size(axis_name) if axis_name else 1
     device = jax.lax.axis_index(axis_name) if axis_name else 0
     keys = sampling.device_rows(jax.random.split(key, devices * len(images)), devices, parts)[device]
-    return jax.vmap(functools.partial(_augment_one, settings, fill))(keys, images)
+    return jax.vmap(functools.partial(_augment_one, settings, data))(keys, images)
 
 
-def _augment_one(settings, fill, key, image):
+def _augment_one(settings, data, key, image):
+    height, width = data.height, data.width
+    rows, columns = jnp.arange(height), jnp.arange(width)  # of the resized image, where each of the result comes from
     flip_key, crop_key = jax.random.split(key)
-    if settings.flip:
-        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    if settings.crop_padding:
+    if settings.crop_padding:  # by repeated edges
         pad = settings.crop_padding
-        padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
         top, left = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
-        image = jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
+        rows = jnp.clip(rows + top - pad, 0, height - 1)
+        columns = jnp.clip(columns + left - pad, 0, width - 1)
+    if settings.flip:
+        columns = jnp.where(jax.random.bernoulli(flip_key), width - 1 - columns, columns)
+    image = _resample(_resample(image, rows, height, axis=0), columns, width, axis=1)
     if settings.erasing_probability:
         erased = _erased_area(jax.random.fold_in(key, 2), image.shape, settings.erasing_probability)
-        image = jnp.where(erased[..., None], jnp.round(255 * jnp.asarray(fill)).astype(jnp.uint8), image)
+        image = jnp.where(erased[..., None], jnp.round(255 * jnp.asarray(data.mean)).astype(image.dtype), image)
     return image
+
+
+def _resample(image: jax.Array, positions: jax.Array, size: int, axis: int) -> jax.Array:
+    """What the image [h, w, 3] has at `positions` (int, 0 to size - 1) of an axis, were that resized to `size`."""
+    length = image.shape[axis]
+    if length == size:
+        return jnp.take(image, positions, axis, mode="clip")
+    if length > size:
+        raise ValueError(f"crops of {image.shape} are larger than the network's input; resize them as they are decoded")
+    centre = (positions + 0.5) * (length / size) - 0.5
+    before = jnp.floor(centre).astype(int)
+    weight = jnp.expand_dims(centre - before, [other for other in range(image.ndim) if other != axis])
+    first, second = (jnp.take(image, position, axis, mode="clip").astype(jnp.float32)
+                     for position in (jnp.maximum(before, 0), before + 1))
+    return first * (1 - weight) + second * weight
 
 
 # Random erasing (Zhong et al. 2020, Algorithm 1): bounds of the erased share of the image and of its height over its

@@ -56,7 +56,16 @@ def decode_batches(split: Split, batches: Iterator[np.ndarray], height: int, wid
             tf.io.is_jpeg(encoded),
             lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),  # as Pillow does
             lambda: tf.io.decode_png(encoded, channels=3))
-        image = tf.image.resize(image, (height, width), antialias=True)
+        size = tf.shape(image)[:2]
+        image = tf.case(
+            [(tf.reduce_all(size == (height, width)), lambda: image),
+             # Nothing is averaged where no side shrinks: TensorFlow's plain filter gives the same in half the time.
+             (tf.reduce_all(size <= (height, width)), lambda: resized(image, antialias=False))],
+            default=lambda: resized(image, antialias=True))
+        return tf.ensure_shape(image, (height, width, 3))
+
+    def resized(image, antialias):
+        image = tf.image.resize(image, (height, width), antialias=antialias)
         return tf.saturate_cast(tf.round(image), tf.uint8)
 
     dataset = (

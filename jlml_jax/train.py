@@ -72,14 +72,14 @@ def print_model(model: nn.Module, config: ml_collections.ConfigDict) -> None:
                       console_kwargs={"width": 140, "force_terminal": sys.stdout.isatty()})(images))
 
 
-def choose_loader(config: ml_collections.ConfigDict, num_images: int, mesh: Mesh) -> str:
+def choose_loader(config: ml_collections.ConfigDict, images: Split, mesh: Mesh) -> str:
     """`config.data.loader`, with auto resolved: device where the decoded images take at most a third of memory."""
     loader = config.data.loader
     if loader not in ("auto", "device", "tf_data"):
         raise UserError(f"data.loader={loader!r} is unknown; known are auto, device, tf_data")
     if loader != "auto":
         return loader
-    needed = num_images * config.data.height * config.data.width * 3
+    needed = len(images) * math.prod(images.training_size(config.data.height, config.data.width)) * 3
     device = mesh.local_devices[0]
     if device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(mesh.local_devices)
@@ -180,7 +180,7 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, o
                         f"--config.evaluate.datasets={trial.dataset}")
     asked = config
     config = config.copy_and_resolve_references()
-    config.data.loader = choose_loader(config, len(trial.train), mesh)
+    config.data.loader = choose_loader(config, trial.train, mesh)
     sampling.steps_per_epoch(len(trial.train), config.train.batch_size)  # refuses too large a batch
     model = build_model(config, len(trial.identities()))
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
@@ -296,8 +296,9 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
 def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
     """What the step takes, step by step: the data set itself, or batches decoded by tf.data."""
     data, train, images, labels = run.config.data, run.config.train, run.trial.train, run.trial.labels()
+    size = images.training_size(data.height, data.width)
     if data.loader == "device":
-        placed = device_data.place(images, labels, data.height, data.width, run.mesh)
+        placed = device_data.place(images, labels, *size, run.mesh)
         while True:
             yield placed
     rows = parallel.process_slice(train.batch_size)
@@ -305,7 +306,7 @@ def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
         sampling.device_rows(batch, run.mesh.size, train.accumulation_steps).reshape(-1)[rows]
         for batch in sampling.training_batches(
             run.config.seed, first_step, train.steps, len(images), train.batch_size))
-    decoded = input_pipeline.decode_batches(images, to_decode, data.height, data.width)
+    decoded = input_pipeline.decode_batches(images, to_decode, *size)
     for batch, batch_images in zip(indices, decoded, strict=True):
         yield parallel.shard_batch((batch_images, labels[batch].astype(np.int32)), run.mesh)
 

@@ -64,7 +64,7 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
     else:
         images, labels = batch
     key = augment.step_key(seed, state.step)
-    images = augment.augment(key, images, config.augment, config.data.mean, BATCH_AXIS, parts)
+    images = augment.augment(key, images, config.augment, config.data, BATCH_AXIS, parts)
 
     def part_gradients(batch_stats, part):
         part_images, part_labels = augment.normalise(part[0], config.data), part[1]

@@ -16,7 +16,7 @@ from PIL import Image
 from configs import default
 from jlml_jax import device_data, input_pipeline, parallel, sampling
 from jlml_jax.augment import augment, normalise
-from jlml_jax.datasets.base import Split, decode_image
+from jlml_jax.datasets.base import Split, decode_image, resize
 from jlml_jax.datasets.stored import StoredImages
 from jlml_jax.errors import UserError
 
@@ -117,9 +117,15 @@ def images_of(count=32, height=12, width=8):
 
 
 @functools.cache
-def augmentation(flip, crop_padding, axis_name=None, erasing_probability=0.0):
+def augmentation(flip, crop_padding, axis_name=None, erasing_probability=0.0, size=None):
+    """At an input size of `size`; that of the images if none is given."""
     settings = ConfigDict({"flip": flip, "crop_padding": crop_padding, "erasing_probability": erasing_probability})
-    return jax.jit(lambda key, images: augment(key, images, settings, FILL, axis_name))
+
+    def changed(key, images):
+        height, width = size or images.shape[1:3]
+        return augment(key, images, settings, ConfigDict({"height": height, "width": width, "mean": FILL}), axis_name)
+
+    return jax.jit(changed)
 
 
 def test_without_augmentation_nothing_changes():
@@ -179,6 +185,40 @@ def test_erasing_leaves_flips_and_crops_as_they_were():
     kept = (erased != np.round(255 * np.array(FILL))).any(-1)
     np.testing.assert_array_equal(erased[kept], np.asarray(augmentation(True, 2)(key, images))[kept])
     assert 0.5 < kept.mean() < 0.98
+
+
+@pytest.mark.parametrize("size", [(24, 16), (12, 20), (31, 8), (21, 23)])
+def test_smaller_crops_are_resized_as_pillow_does(size):
+    images = np.stack([drawing(12, 8, seed) for seed in range(4)])
+    resized = augmentation(False, 0, size=size)(jax.random.key(0), images)
+    expected = np.stack([resize(Image.fromarray(image), *size) for image in images])
+    assert resized.dtype == jnp.float32
+    np.testing.assert_allclose(resized, expected, atol=1.01)  # Pillow rounds twice
+
+
+def test_resizing_comes_before_flips_crops_and_erasing():
+    images, key, size = images_of(), jax.random.key(0), (30, 28)
+    resized = np.asarray(augmentation(False, 0, size=size)(key, images))
+    expected = augmentation(True, 2, None, 0.5)(key, resized)
+    np.testing.assert_allclose(augmentation(True, 2, None, 0.5, size)(key, images), expected, atol=1e-4)
+
+
+def test_crops_larger_than_the_input_are_not_resized_on_the_device():
+    with pytest.raises(ValueError, match="larger than the network's input"):
+        augmentation(True, 2, size=(12, 7))(jax.random.key(0), images_of())
+
+
+def test_crops_of_one_size_are_decoded_to_it_where_the_input_is_larger(jpegs):
+    one_size = split_of([encode(drawing(64, 32, seed), "JPEG") for seed in range(3)])
+    assert one_size.training_size(64, 32) == one_size.training_size(224, 224) == (64, 32)
+    assert one_size.training_size(64, 48) == (64, 32)
+    assert one_size.training_size(128, 31) == (128, 31)
+    assert on_disk(one_size).training_size(224, 224) == (224, 224)  # none is opened
+    assert jpegs.training_size(224, 224) == (224, 224)
+    broken = dataclasses.replace(one_size, images=[*one_size.images[:2], b"no image"])
+    assert broken.training_size(224, 224) == (224, 224)
+    with pytest.raises(UserError, match=r"test: 000\.png"):
+        dataclasses.replace(one_size, images=[b"no image"] * 3).training_size(224, 224)
 
 
 def test_four_devices_augment_as_one():
@@ -257,6 +297,9 @@ def test_tf_data_decodes_what_pillow_does_in_order(name, where, request):
         assert ours.shape == (3, 64, 32, 3) and ours.dtype == np.uint8
         difference = np.abs(ours.astype(int) - theirs)
         assert difference.mean() < 0.5 and difference.max() <= 3
+    larger = zip(input_pipeline.decode_batches(split, iter(BATCHES), 160, 70),  # where sides grow
+                 device_data.decode_batches(split, iter(BATCHES), 160, 70), strict=True)
+    assert max(np.abs(ours.astype(int) - theirs).max() for ours, theirs in larger) <= 3
     assert list(input_pipeline.decode_batches(split, iter([]), 64, 32)) == []
 
 

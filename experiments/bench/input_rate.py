@@ -45,7 +45,7 @@ def bench_input(height: int, width: int, batch_size: int, repeats: int) -> dict:
 
     @jax.jit
     def prepare(key, images):
-        return augment.normalise(augment.augment(key, images, config.augment, config.data.mean), config.data)
+        return augment.normalise(augment.augment(key, images, config.augment, config.data), config.data)
 
     def ours():
         order = np.random.default_rng(0).permutation(len(encoded))

@@ -44,11 +44,12 @@ def estimate(config: ml_collections.ConfigDict) -> Estimate:
     optimizer = optim.make_optimizer(config.optim, config.train.steps)
 
     started = time.perf_counter()
-    from_device_data = train.choose_loader(config, len(trial.train), mesh) == "device"
+    from_device_data = train.choose_loader(config, trial.train, mesh) == "device"
     step = train_step.make_train_step(config, model, optimizer, mesh, from_device_data)
     state = train_step.init_state(config, model, optimizer, mesh)
     seed = parallel.replicate(np.uint32(config.seed), mesh)
-    batch = _black(len(trial.train) if from_device_data else config.train.batch_size, config)
+    size = config.data.height, config.data.width
+    batch = _black(len(trial.train) if from_device_data else config.train.batch_size, *trial.train.training_size(*size))
     batch = parallel.replicate(DeviceData(*batch), mesh) if from_device_data else parallel.shard_batch(batch, mesh)
     state, _ = jax.block_until_ready(step(state, batch, seed))
     compilation = time.perf_counter() - started
@@ -61,7 +62,7 @@ def estimate(config: ml_collections.ConfigDict) -> Estimate:
     seconds_a_step = _median_seconds(one_step)
 
     forward = evaluate.make_forward(model, config.data, mesh)
-    images = parallel.shard_batch(_black(config.evaluate.batch_size, config)[0], mesh)
+    images = parallel.shard_batch(_black(config.evaluate.batch_size, *size)[0], mesh)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     started = time.perf_counter()
     jax.block_until_ready(forward(variables, images))
@@ -73,8 +74,8 @@ def estimate(config: ml_collections.ConfigDict) -> Estimate:
                     len(numbers))
 
 
-def _black(number: int, config: ml_collections.ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    return (np.zeros((number, config.data.height, config.data.width, 3), np.uint8), np.zeros(number, np.int32))
+def _black(number: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((number, height, width, 3), np.uint8), np.zeros(number, np.int32)
 
 
 def _median_seconds(call: Callable[[], Any]) -> float:

@@ -307,6 +307,25 @@ class Split:
             digest.update(image)
         return digest.hexdigest()
 
+    def training_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width to decode to for an input of `height` x `width`, to which the training step resizes.
+
+        The images' own, where all in memory share one that is no larger: so they are few bytes to hold and to move.
+        """
+        if isinstance(self.images, StoredImages) or not self.images:
+            return height, width
+        own = decode_image(self.images[0], f"{self.dataset}: {self.names[0]}").shape[:2]
+        if own == (height, width) or own[0] > height or own[1] > width:
+            return height, width
+        with contextlib.suppress(Exception):  # what does not decode is named once it is decoded
+            for encoded in self.images:
+                with Image.open(io.BytesIO(encoded)) as image:  # reads the size alone
+                    if image.size != own[::-1]:
+                        break
+            else:
+                return own
+        return height, width
+
     def decode(self, height: int, width: int) -> np.ndarray:
         """All images as one uint8 array [N, height, width, 3], resized by an antialiased triangle filter."""
         def decode(index: int, encoded: bytes) -> np.ndarray:
