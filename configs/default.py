@@ -81,5 +81,6 @@ def get_config() -> ConfigDict:
     config.log_every = 100  # steps
     config.checkpoint_every = 1000  # steps
     config.keep_checkpoints = 2
+    config.profile = ""  # START:STOP: the steps, counted from 0, to trace for TensorBoard or Perfetto, STOP left out
     config.compilation_cache = "~/.cache/jlml_jax"  # XLA's compiled programs, kept between runs; empty: none
     return config

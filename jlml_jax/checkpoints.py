@@ -33,7 +33,7 @@ from jlml_jax.errors import UserError, storage_errors_told
 
 # What may differ between a run and its resumption: it changes what is shown or kept, not what is learned.
 FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_every", "keep_checkpoints",
-               "compilation_cache", "train.steps_per_dispatch")
+               "compilation_cache", "profile", "train.steps_per_dispatch")
 
 _VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on another; NFS remembers what was not there
 

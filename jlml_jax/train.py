@@ -30,6 +30,7 @@ from jlml_jax import (
     optim,
     parallel,
     pictures,
+    profiling,
     protocols,
     provenance,
     sampling,
@@ -135,6 +136,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
     check_input_size(config.data.height, config.data.width, config.model.num_strips)
     evaluate.check_fields(config.evaluate)
+    profiling.parse_steps(config.profile)
 
     add_distractors = functools.partial(protocols.add_distractors, name=config.evaluate.extra_gallery,
                                         data=config.data)
@@ -255,6 +257,7 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
     schedule = optim.learning_rate_schedule(config.optim, last_step)
     log = TrainingLog(workdir, first_step, last_step, config.train.batch_size, progress["interval"],
                       quiet=jax.process_index() > 0)
+    trace = profiling.Trace(profiling.parse_steps(config.profile if jax.process_index() == 0 else ""), workdir)
     any_stop = parallel.make_any_stop(run.mesh)
     in_flight = collections.deque()
     told_to_stop = 0  # by any process: every process knows it after the same step
@@ -272,7 +275,10 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
     with StopRequest() as stop:
         try:
             for done in range(first_step + at_once, last_step + 1, at_once):
+                dispatch = range(done - at_once, done)
+                trace.before(dispatch)
                 state, metrics = step(state, next(batches), seed)
+                trace.after(dispatch, metrics)
                 in_flight.append((done, metrics, any_stop(stop.requested or 0)))
                 while len(in_flight) > DISPATCHES_AHEAD:
                     finish_oldest()
@@ -289,6 +295,7 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
                     raise SystemExit(128 + told_to_stop)
             checkpoints.wait()
         finally:
+            trace.stop()
             log.close()
     return state
 

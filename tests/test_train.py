@@ -24,16 +24,19 @@ def test_several_steps_in_one_dispatch_are_the_same_steps(smooth_config, tmp_pat
     smooth_config.train.steps, smooth_config.log_every, smooth_config.checkpoint_every = 4, 2, 4
     for most in (1, 2):
         smooth_config.train.steps_per_dispatch = most
+        smooth_config.profile = "1:3" if most == 2 else ""
         train_and_evaluate(smooth_config, tmp_path / str(most), "train")
+    assert [len(list((tmp_path / most).rglob("perfetto_trace.json.gz"))) for most in "12"] == [0, 1]
     for a, b in zip(lines_of(tmp_path / "1"), lines_of(tmp_path / "2"), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
     assert_close_trees(final_state(smooth_config, tmp_path / "1"), final_state(smooth_config, tmp_path / "2"))
 
 
 @pytest.mark.slow
-def test_both_loaders_train_alike(smooth_config, tmp_path):
-    """The same images in the same order: at the images' own size, which nothing resizes, with the same pixels."""
-    smooth_config.data.height, smooth_config.data.width = 128, 64
+@pytest.mark.parametrize("size", [(128, 64), (160, 64)])
+def test_both_loaders_train_alike(smooth_config, tmp_path, size):
+    """The same images in the same order, from the images' own size, which the step enlarges, with the same pixels."""
+    smooth_config.data.height, smooth_config.data.width = size
     smooth_config.train.steps, smooth_config.log_every = 4, 1
     for loader in ("device", "tf_data"):
         smooth_config.data.loader = loader
