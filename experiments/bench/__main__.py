@@ -1,4 +1,4 @@
-"""Benchmarks: python -m experiments.bench train|forward|input|evaluate|galleries|start [--json=FILE]
+"""Benchmarks: python -m experiments.bench train|forward|towers|input|evaluate|galleries|start [--json=FILE]
 
 train, forward and input are measured against PyTorch: pip install -e '.[bench]'.
 """
@@ -16,6 +16,7 @@ from jlml_jax.errors import UserError, exit_status
 BENCHMARKS = {
     "train": ("train_step.bench_train", ("height", "width", "batch_size", "dtype", "repeats")),
     "forward": ("forward.bench_forward", ("height", "width", "batch_size", "dtype", "repeats")),
+    "towers": ("towers.bench_towers", ("height", "width", "batch_size", "dtype", "repeats")),
     "input": ("input_rate.bench_input", ("height", "width", "batch_size", "repeats")),
     "evaluate": ("ranking.bench_evaluate", ("repeats",)),
     "galleries": ("galleries.bench_galleries", ("queries",)),

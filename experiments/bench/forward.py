@@ -4,13 +4,13 @@ import jax
 import numpy as np
 
 from configs import default
-from experiments.bench import torch_peer
+from experiments.bench import floor, torch_peer
 from experiments.bench.timing import NUM_IDENTITIES, ratio_of, time_in_turn
 from jlml_jax import evaluate, models, parallel, train_step
 
 
 def bench_forward(height: int, width: int, batch_size: int, dtype: str, repeats: int) -> dict:
-    """Images a second of ours and of PyTorch's ways, and the ratio to the best of these, pair by pair."""
+    """Images a second of ours and of PyTorch's ways, the ratio to the best of these, pair by pair, and the floor."""
     config = default.get_config()
     config.data.height, config.data.width = height, width
     mesh = parallel.make_mesh(jax.devices()[:1])
@@ -28,8 +28,10 @@ def bench_forward(height: int, width: int, batch_size: int, dtype: str, repeats:
         torch_peer.check_agreement(jax.device_get(ours()), peer(), dtype, name)
     seconds = time_in_turn({"ours": ours} | peers, repeats)
     best = min(peers, key=lambda name: np.median(seconds[name]))
+    work = floor.count_work(evaluate.make_forward(model.clone(native=True), config.data, mesh), *placed)
     return {
         "height": height, "width": width, "batch_size": batch_size, "dtype": dtype, "repeats": repeats,
         "images_per_second": {name: float(batch_size / np.median(values)) for name, values in seconds.items()},
         "best_of_torch": best, "over_torch": ratio_of(seconds[best], seconds["ours"]),
+        "floor": floor.floor_of(work, dtype, float(np.median(seconds["ours"]))),
     }

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from experiments.bench import torch_peer
+from experiments.bench import floor, torch_peer
 from experiments.bench.timing import NUM_IDENTITIES, ratio_of, time_in_turn
 from jlml_jax import models, optim, parallel, train_step
 from jlml_jax.device_data import DeviceData
@@ -54,7 +54,7 @@ class PlainBatchNorm(nn.Module):
 
 
 def bench_train(height: int, width: int, batch_size: int, dtype: str, repeats: int) -> dict:
-    """Images a second of our step, of plain Flax layers and of PyTorch's ways, and ratios, pair by pair.
+    """Images a second of our step, of plain Flax layers and of PyTorch's ways, ratios, pair by pair, and the floor.
 
     Every batch is the same `batch_size` images in another order, and nothing is random, so that all ways have the same
     loss in their first step.
@@ -87,6 +87,9 @@ def bench_train(height: int, width: int, batch_size: int, dtype: str, repeats: i
 
         return next_loss
 
+    work = floor.count_work(
+        train_step.make_train_step(config, ours.clone(native=True), optimizer, mesh, from_device_data=True),
+        train_step.init_state(config, ours, optimizer, mesh), data, seed)
     ways = {"ours": stepper("ours", ours, contextlib.nullcontext()),
             "plain": stepper("plain", ours.clone(native=True), plain_layers)}
     variables = models.init_variables(ours, config.seed, height, width)
@@ -104,4 +107,5 @@ def bench_train(height: int, width: int, batch_size: int, dtype: str, repeats: i
         "compile_seconds": compile_seconds, "first_loss": losses,
         "over_plain": ratio_of(seconds["plain"], seconds["ours"]),
         "best_of_torch": best, "over_torch": ratio_of(seconds[best], seconds["ours"]),
+        "floor": floor.floor_of(work, dtype, float(np.median(seconds["ours"]))),
     }

@@ -1,0 +1,84 @@
+"""What a computation must take at least on this device: its operations and bytes, at the rates measured here."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+
+_MATMUL_SIZE = {"cpu": 2_048}  # elsewhere _LARGE_MATMUL
+_LARGE_MATMUL, _COPIED_BYTES, _REPEATS = 8_192, 256 << 20, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one convolution or matrix product."""
+
+    flops: int  # a multiplication and an addition count as two
+    bytes: int  # of its operands and its result, each moved once
+
+
+def count_work(function: Callable[..., Any], *arguments: Any) -> list[Work]:
+    """Every convolution and matrix product of `function`, gradients' ones too.
+
+    All else is taken to be fused into these, and to cost nothing: what it would be at best.
+    """
+    return [_work(equation) for equation in _equations(jax.make_jaxpr(function)(*arguments).jaxpr)]
+
+
+def _equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            yield equation
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                inner = getattr(inner, "jaxpr", inner)  # of a closed one
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+def _work(equation: Any) -> Work:
+    left, right, result = (variable.aval for variable in (*equation.invars, *equation.outvars))
+    moved = sum(value.size * value.dtype.itemsize for value in (left, right, result))
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        return Work(2 * result.size * math.prod(left.shape[axis] for axis in contracted), moved)
+    numbers = equation.params["dimension_numbers"]
+    taps = right.size // right.shape[numbers.rhs_spec[0]]  # input channels x window
+    # A gradient's input that is spread out with zeros between its pixels: those need not be multiplied.
+    return Work(2 * result.size * taps // math.prod(equation.params["lhs_dilation"]), moved)
+
+
+def device_rates(dtype: str) -> dict[str, float]:
+    """Measured: operations a second of a large matrix product in `dtype`, bytes read and written a second of a copy."""
+    size = _MATMUL_SIZE.get(jax.default_backend(), _LARGE_MATMUL)
+    matrix = jnp.ones((size, size), dtype)
+    array = jnp.zeros(_COPIED_BYTES // 4, jnp.float32)
+    return {"flops_per_second": 2 * size**3 / _best_seconds(jax.jit(jnp.dot), matrix, matrix),
+            "bytes_per_second": 2 * array.nbytes / _best_seconds(jax.jit(lambda x: x + 1), array)}
+
+
+def _best_seconds(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+    function(*arguments).block_until_ready()
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        function(*arguments).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def floor_of(work: list[Work], dtype: str, measured_seconds: float) -> dict[str, Any]:
+    """The least seconds for `work`, each piece bound by its operations or by its bytes, and the share of it reached."""
+    rates = device_rates(dtype)
+    operations = np.array([piece.flops for piece in work]) / rates["flops_per_second"]
+    memory = np.array([piece.bytes for piece in work]) / rates["bytes_per_second"]
+    seconds = float(np.maximum(operations, memory).sum())
+    return {"flops": sum(piece.flops for piece in work), "bytes": sum(piece.bytes for piece in work), **rates,
+            "seconds": seconds, "bound_by_memory": float((memory > operations).mean()),
+            "reached": seconds / measured_seconds}
