@@ -1,9 +1,12 @@
 import os
 import tempfile
 
+from fast_compilation import XLA_FLAGS
+
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit all this
     # Before JAX is imported: four devices, as the parity tests need.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), XLA_FLAGS, "--xla_force_host_platform_device_count=4"])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # The tests compile the same few programs many times, some of them in processes of their own.
     _CACHE = tempfile.TemporaryDirectory(prefix="jlml_jax_tests_")

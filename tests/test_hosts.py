@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fast_compilation import XLA_FLAGS
 from runs import lines_of
 
 from jlml_jax import parallel
@@ -36,7 +37,7 @@ def start(workdir, *arguments, data_dir, devices=2, **environment):
          "--config.compilation_cache=", *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
                           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                          "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment,
+                          "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"} | environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

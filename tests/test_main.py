@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fast_compilation import XLA_FLAGS
 
 from configs import default
 from jlml_jax.datasets import synthetic_pedestrians
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def run_main(*arguments, folder, **environment):
     return subprocess.run(
         [sys.executable, "-m", "jlml_jax.main", *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | environment)
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS} | environment)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -1,5 +1,7 @@
 """jlml_jax.metrics against hand-computed examples and a brute-force reference written from the protocol's text."""
 
+import dataclasses
+import functools
 import tracemalloc
 
 import numpy as np
@@ -256,8 +258,41 @@ def test_defaults_are_ten_draws_of_seed_0_and_50_ranks():
     expected = score_single_shot(distances, *labels, 50, repeats=10, seed=0)
     assert_equal(metrics.evaluate_ranking(query, gallery, *labels, single_gallery_shot=True), expected)
     assert_equal(metrics.rank_metrics(distances, *labels, single_gallery_shot=True), expected)
+    blocks = metrics.rank_blocks(lambda rows, columns: np.asarray(distances)[np.ix_(rows, columns)], *labels,
+                                 single_gallery_shot=True)
+    assert_equal(blocks, expected)
     assert len(metrics.rank_metrics(distances, *labels).cmc) == 50
     assert len(metrics.evaluate_ranking(query, gallery, *labels).cmc) == 50
+
+
+def test_options_are_named_in_the_call():
+    def distances_of(rows, columns):
+        return np.ones((len(rows), len(columns)))
+
+    labels = [1], [1], [1], [2]
+    one = np.ones((1, 1))
+    for call in (functools.partial(metrics.evaluate_ranking, one, one), functools.partial(metrics.rank_metrics, one),
+                 functools.partial(metrics.rank_blocks, distances_of)):
+        assert call(*labels).mean_ap == 1
+        with pytest.raises(TypeError, match="positional"):
+            call(*labels, 10)
+
+
+def test_one_rank_and_one_draw_are_enough():
+    result = metrics.rank_metrics([[1.0]], [1], [1], [1], [2], max_rank=1, single_gallery_shot=True, repeats=1)
+    assert result.cmc.tolist() == [1]
+
+
+def test_results_are_fixed_and_not_compared_array_by_array():
+    result, other = (metrics.rank_metrics([[1.0]], [1], [1], [1], [2]) for _ in range(2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.mean_ap = 2.0
+    assert result != other and result == result  # noqa: PLR0124
+
+
+def test_too_few_rows_of_distances_are_noticed():
+    with pytest.raises(ValueError, match="shorter"):
+        metrics.rank_blocks(lambda rows, columns: np.ones((len(rows) - 1, len(columns))), [1, 1], [1], [1, 1], [2])
 
 
 def test_scores_of_each_query_are_those_of_its_own_ranking():
@@ -293,6 +328,9 @@ def test_a_repeat_without_any_match_is_left_out():
         (([2, 3], [2, 3], [4, 4], [4, 4]), "all images have camera 4"),
         (([0, -1], [1, 2], [1, 1], [2, 2]), "no query shows a person"),
         (([1, 2], [3, 0], [1, 1], [2, 2]), "no query identity is in the gallery"),
+        (([1, 1], [3, 0], [1, 1], [2, 2]), "no query identity is in the gallery"),
+        (([1, 0], [3, 0], [1, 1], [2, 2]), "no query identity is in the gallery"),
+        (([1, 1], [1, 2], [1, 1], [1, 2]), "query's own camera"),
         (([1, 2], [1, 2], [1, 2], [1, 2]), "query's own camera"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fast_compilation import XLA_FLAGS
 from runs import assert_close_trees, assert_same_run, final_state, lines_of
 
 from jlml_jax.checkpoints import load_run
@@ -59,7 +60,7 @@ sys.exit(exit_status(lambda: train_and_evaluate(config, sys.argv[2], "train")))
 
 
 def start(config, workdir):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": XLA_FLAGS}
     return subprocess.Popen([sys.executable, "-c", COMMAND, config.to_json(), str(workdir)], env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -290,7 +291,7 @@ sys.meta_path[:] = [Finder if finder is importlib.machinery.PathFinder else find
 def test_training_and_evaluation_need_no_tensorflow(tiny_config, tmp_path):
     tiny_config.train.steps = 4
     code = NO_TENSORFLOW + COMMAND.replace(', "train")', ")") + "\nassert 'tensorflow' not in sys.modules"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS}
     done = subprocess.run([sys.executable, "-c", code, tiny_config.to_json(), str(tmp_path / "run")],
                           env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
