@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
     data.trials = "0"  # of the protocol's, where it has several: 3, 0-4 or all
     data.cuhk03_protocol = "single-shot"  # single-shot: 20 trials; 767/700: the split that has that name
     data.cuhk03_train_identities = 1_367  # of a single-shot trial: 1,367 (Table 2) or 1,260 (the paper's text)
+    # So many training identities in place of the test, to choose a recipe by: it leaves the real test alone. 0: none.
+    data.held_out_identities = 0
     data.height = 224  # pixels; half of it must divide by model.num_strips
     data.width = 224
     data.mean = (0.485, 0.456, 0.406)  # of pixels / 255, subtracted by channel (ImageNet's)

@@ -83,19 +83,51 @@ def load(name: str, data: ml_collections.ConfigDict) -> Protocol:
     """The protocol of data set `name`, with the choices that `data`, a `config.data`, makes.
 
     Several names joined by `+` are trained on as a whole, all their identities together, with no test (the paper's
-    pre-training on CUHK03 and Market-1501).
+    pre-training on CUHK03 and Market-1501). With `data.held_out_identities`, so many training identities take the place
+    of the test.
 
     Raises:
         UserError: the data set is unknown or not prepared, or does not hold what the protocol needs.
     """
+    protocol, held_out = _published(name, data), data.held_out_identities
+    if not held_out:
+        return protocol
+    return dataclasses.replace(protocol, trial=lambda number: _hold_out(protocol.trial(number), held_out))
+
+
+def _published(name: str, data: ml_collections.ConfigDict) -> Protocol:
     if "+" in name:
         return _union(name, data)
     return _PROTOCOLS.get(name.partition("/")[0], _fixed_splits)(name, data)
 
 
+def _hold_out(trial: Trial, number: int) -> Trial:
+    """The trial with `number` random training identities, the same in every run, as its test; the real one is left out.
+
+    For what is chosen by trying. Queries are an image of each of them from each camera; the gallery has all images of
+    them, of which a query's own camera's are ignored, as always.
+    """
+    train = trial.train
+    if train is None or trial.validation is not None:
+        raise UserError(f"{trial.dataset} has no people to hold out; set data.held_out_identities=0")
+    pairs = np.unique(np.stack([train.identities, train.cameras], 1), axis=0)
+    people, cameras = np.unique(pairs[:, 0], return_counts=True)
+    several = people[cameras > 1]
+    if not 0 < number <= min(len(several), len(people) - 1):
+        raise UserError(f"data.held_out_identities={number}: of the {len(people)} training identities of "
+                        f"{trial.dataset}, {len(several)} are seen by several cameras, and one must be left")
+    # RandomState's stream is frozen for good, where NumPy's newer generators may change theirs.
+    chosen = np.random.RandomState(trial.number).permutation(several)[:number]
+    gallery = _of(train, chosen)
+    _, first = np.unique(np.stack([gallery.identities, gallery.cameras], 1), axis=0, return_index=True)
+    return _checked(Trial(trial.dataset, f"{number} training identities held out", trial.number,
+                          train=_of(train, np.setdiff1d(people, chosen)), query=gallery.select(np.sort(first)),
+                          gallery=gallery, incomplete=trial.incomplete, offsets=trial.offsets))
+
+
 def tests(name: str, data: ml_collections.ConfigDict) -> list[Trial]:
     """All trials of a data set, to be evaluated on."""
-    protocol = load(name, data)
+    protocol = _published(name, data)
     trials = [protocol.trial(number) for number in range(protocol.num_trials)]
     if trials[0].query is None:
         raise UserError(f"evaluate.datasets={name!r} has no queries and gallery to be evaluated on; leave it out")

@@ -346,6 +346,42 @@ def test_a_union_with_the_same_people_twice_is_refused(config, name, repeated):
     refusal(name, config, f"data.name='{name}' has the people of {repeated} more than once")
 
 
+@pytest.mark.parametrize("name", ["market1501", "viper", "grid", "cuhk03/detected", "viper+grid"])
+def test_training_identities_may_take_the_place_of_the_test(config, name):
+    published = protocols.load(name, config.data).trial(0)
+    config.data.held_out_identities = 1
+    trial = protocols.load(name, config.data).trial(0)
+    held_out = np.setdiff1d(published.identities(), trial.identities())
+    assert len(held_out) == 1 and trial.protocol == "1 training identities held out"
+    assert names(trial.train) | names(trial.gallery) == names(published.train)
+    assert len(trial.train) + len(trial.gallery) == len(published.train)
+    assert set(trial.gallery.identities) == set(trial.query.identities) == set(held_out)
+    from_cameras = list(zip(trial.query.identities, trial.query.cameras, strict=True))
+    assert len(set(from_cameras)) == len(from_cameras)
+    assert set(from_cameras) == set(zip(trial.gallery.identities, trial.gallery.cameras, strict=True))
+    assert names(trial.query) <= names(trial.gallery)
+    again = protocols.load(name, config.data).trial(0)
+    assert names(again.query) == names(trial.query)
+    protocols.refuse_trained_on(trial, protocols.label_map(trial, None))
+    np.testing.assert_array_equal(trial.labels(), np.searchsorted(trial.identities(), trial.train.identities))
+
+
+def test_held_out_identities_of_trials_differ_and_other_data_sets_keep_their_test(config):
+    config.data.held_out_identities = 1
+    held_out = [set(protocols.load("viper", config.data).trial(number).query.identities) for number in range(4)]
+    assert len(set(map(frozenset, held_out))) > 1
+    assert protocols.tests("market1501", config.data)[0].protocol == "single-query"
+
+
+@pytest.mark.parametrize("name, number", [("viper", -1), ("viper", 2), ("folder/train_only", 2),
+                                          ("folder/test_only", 1)])
+def test_identities_that_cannot_be_held_out_are_refused(config, name, number):
+    """VIPeR's half has two people, of whom one must be left; of folder/train_only's one is seen by one camera alone."""
+    config.data.held_out_identities = number
+    with pytest.raises(UserError, match=r"data\.held_out_identities=0|data\.held_out_identities=-?\d+: of the \d+ "):
+        protocols.load(name, config.data).trial(0)
+
+
 @pytest.mark.parametrize("name", ["cuhk03/labeled+market1501", "folder/train_only"])
 def test_a_set_without_queries_is_not_evaluated_on(config, name):
     with pytest.raises(UserError, match=rf"evaluate\.datasets='{re.escape(name)}' has no queries"):
