@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.normalize = "none"  # none, joint, per_branch: L2 normalisation of the matching feature
+    evaluate.flip_average = False  # features are the mean of the image's and its mirror image's
     evaluate.batch_size = 128  # global
     evaluate.max_rank = 50
     evaluate.datasets = ""  # data sets to be evaluated on besides data.name, in all their trials: viper,grid

@@ -32,14 +32,21 @@ Features = dict[str, np.ndarray | LazyRows]  # by branch, [N, dim]
 Forward = Callable[[Any, jax.Array], dict[str, jax.Array]]
 
 
-def make_forward(model: nn.Module, data: ml_collections.ConfigDict, mesh: Mesh, output: str = "features") -> Forward:
+def make_forward(model: nn.Module, config: ml_collections.ConfigDict, mesh: Mesh, output: str = "features") -> Forward:
     """Compiled (variables, images uint8 [B, H, W, 3] sharded over the mesh) -> features by branch [B, dim].
 
-    With `output` "logits" instead those of the identity layers, by head [B, classes].
+    With `config.evaluate.flip_average` they are the mean of the image's and its mirror image's. With `output` "logits"
+    instead those of the identity layers, by head [B, classes].
     """
 
     def forward(variables, images):
-        return model.apply(variables, augment.normalise(images, data), train=False)[output]
+        def outputs(images):
+            return model.apply(variables, augment.normalise(images, config.data), train=False)[output]
+
+        if not config.evaluate.flip_average:
+            return outputs(images)
+        both = jax.lax.map(outputs, jnp.stack([images, jnp.flip(images, 2)]))  # which compiles the network once
+        return jax.tree.map(lambda values: values.mean(0), both)
 
     replicated, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(parallel.BATCH_AXIS))
     return jax.jit(forward, in_shardings=(replicated, rows), out_shardings=replicated)

@@ -22,12 +22,12 @@ import numpy as np
 from jax import export as jax_export
 from PIL import Image
 
-from jlml_jax import provenance
+from jlml_jax import parallel, provenance
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import SavedRun, load_run, write_atomically
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError, exit_status
-from jlml_jax.evaluate import matching_features
+from jlml_jax.evaluate import make_forward, matching_features
 from jlml_jax.models import build_model
 
 FORMATS = ("onnx", "stablehlo")
@@ -104,8 +104,11 @@ def _embed(run: SavedRun, variables: Any, images: jax.Array) -> jax.Array:
     if images.dtype == jnp.uint8:
         images = normalise(images, run.config.data)
     model = build_model(run.config, 0).clone(native=True)
+    # As evaluate's, but for ONNX without a loop, and without NumPy; the comparison before writing holds them together.
     features = list(model.apply(variables, images)["features"].values())
-    # As evaluate.matching_features, which is NumPy's; the comparison before writing holds the two together.
+    if run.config.evaluate.flip_average:
+        mirrored = model.apply(variables, jnp.flip(images, 2))["features"].values()
+        features = [(ours + theirs) * 0.5 for ours, theirs in zip(features, mirrored, strict=True)]
     if run.config.evaluate.normalize == "per_branch":
         features = [_unit(values) for values in features]
     joint = jnp.concatenate(features, axis=1)
@@ -176,7 +179,7 @@ def _describe(run: SavedRun, signature: str, dim: int) -> dict[str, Any]:
         "input": {"name": "images", "dtype": signature.partition("_")[0], "shape": shape, "values": INPUTS[signature],
                   "resize": "before, if need be: antialiased triangle filter (Pillow's BILINEAR), no letterbox"},
         "output": {"name": "features", "dtype": "float32", "shape": ["batch", dim], "distance": "L2",
-                   "normalize": run.config.evaluate.normalize},
+                   "normalize": run.config.evaluate.normalize, "flip_average": run.config.evaluate.flip_average},
         "mean": list(data.mean),
         "std": list(data.std),
         "trained_on": _trained_on(run.label_map),
@@ -218,8 +221,7 @@ def _as_input(images: np.ndarray, signature: str, data: ml_collections.ConfigDic
 
 def _features_of_run(run: SavedRun, images: np.ndarray) -> np.ndarray:
     """The run's own matching features [B, dim] of crops uint8 [B, H, W, 3]: as evaluation computes them."""
-    model = build_model(run.config, 0)
-    forward = jax.jit(lambda variables, images: model.apply(variables, normalise(images, run.config.data))["features"])
+    forward = make_forward(build_model(run.config, 0), run.config, parallel.make_mesh(jax.local_devices()[:1]))
     features = {branch: np.asarray(values) for branch, values in forward(run.variables, images).items()}
     matching = matching_features(features, run.config.evaluate.normalize)
     return np.asarray(list(matching.values())[-1])  # joint where there are two branches

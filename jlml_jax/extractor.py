@@ -67,7 +67,7 @@ class Extractor:
         self.fingerprint = _fingerprint(config, variables)
         self._normalize, self._mesh = config.evaluate.normalize, mesh
         self._variables = parallel.replicate(variables, mesh)
-        self._forward = evaluate.make_forward(model, config.data, mesh)
+        self._forward = evaluate.make_forward(model, config, mesh)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Raises ValueError for another dtype or shape, UserError if the weights are such that features overflow."""
@@ -94,7 +94,8 @@ class Extractor:
 def _fingerprint(config: ml_collections.ConfigDict, variables: dict[str, Any]) -> str:
     model = {name: value for name, value in config.model.items() if name not in _TRAINING_FIELDS}
     data = {name: config.data[name] for name in ("height", "width", "mean", "std")}
-    fields = {"model": model, "data": data, "normalize": config.evaluate.normalize}
+    fields = {"model": model, "data": data, "normalize": config.evaluate.normalize,
+              "flip_average": config.evaluate.flip_average}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     leaves = jax.tree_util.tree_leaves_with_path(variables)  # in the order of the sorted paths
     for path, leaf in leaves:

@@ -111,6 +111,7 @@ class _Graph:
     def __init__(self):
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, np.ndarray] = {}
+        self._stored: dict[tuple[str, tuple[int, ...], bytes], str] = {}  # names of the initializers, by content
         self._written: dict[_Affine, str] = {}
         self._names = collections.Counter()
 
@@ -158,10 +159,13 @@ class _Graph:
         return _Tensor(name, shape)
 
     def constant(self, name: str, array: np.ndarray) -> str:
-        """The name of a constant: integers as they are, the rest as float32."""
-        name = self._unused(name)
-        self.initializers[name] = array if array.dtype == np.int64 else array.astype(np.float32)
-        return name
+        """The name of a constant: integers as they are, the rest as float32. Equal ones are stored once."""
+        array = array if array.dtype == np.int64 else array.astype(np.float32)
+        key = array.dtype.str, array.shape, array.tobytes()
+        if key not in self._stored:
+            self._stored[key] = self._unused(name)
+            self.initializers[self._stored[key]] = array
+        return self._stored[key]
 
     def name_of(self, value: _Tensor | _Affine) -> str:
         """The name of a value, whose node is added if it has none yet."""
@@ -271,6 +275,17 @@ class _Graph:
         return [self.add("ReduceSum", [self.name_of(x), self.constant(f"{scope}/axes", axes)], shapes[0], scope,
                          keepdims=0)]
 
+    def _rev(self, values, shapes, scope: str, params) -> list[_Value] | None:
+        x, = values
+        if isinstance(x, np.ndarray):
+            return None
+        axes = [_stored_axes(len(x.shape)).index(axis) for axis in params["dimensions"]]
+        ends = np.full(len(axes), np.iinfo(np.int64).min)  # before the first
+        inputs = [self.constant(f"{scope}/reversed/{name}", values) for name, values in {
+            "starts": np.full(len(axes), -1), "ends": ends, "axes": np.array(axes),
+            "steps": np.full(len(axes), -1)}.items()]
+        return [self.add("Slice", [self.name_of(x), *inputs], shapes[0], scope)]
+
     def _concatenate(self, values, shapes, scope: str, params) -> list[_Value] | None:
         if any(isinstance(value, np.ndarray) for value in values):
             return None
@@ -300,6 +315,7 @@ _PRIMITIVES = {
     "dot_general": _Graph._dot_general,
     "reduce_window_max": _Graph._reduce_window_max,
     "reduce_sum": _Graph._reduce_sum,
+    "rev": _Graph._rev,
     "concatenate": _Graph._concatenate,
     "split": _Graph._split,
 }

@@ -246,7 +246,7 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
     verdicts = calibration.load_verdicts(run.workdir, Extractor(run, mesh))  # refuses other weights' before the work
     model = build_model(config, num_identities=0)
     extract = functools.partial(
-        evaluate.extract_features, evaluate.make_forward(model, config.data, mesh),
+        evaluate.extract_features, evaluate.make_forward(model, config, mesh),
         parallel.replicate(run.variables, mesh), data=config.data, batch_size=config.evaluate.batch_size, mesh=mesh)
     query, gallery = (evaluate.matching_features(extract(split=split), config.evaluate.normalize)
                       for split in (trial.query, trial.gallery))

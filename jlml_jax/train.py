@@ -335,7 +335,7 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
     config, trial = run.config, run.trial
     trained = {"params": state.params, "batch_stats": state.batch_stats}
 
-    forward = evaluate.make_forward(run.model, config.data, run.mesh)
+    forward = evaluate.make_forward(run.model, config, run.mesh)
 
     def extract(variables: Any, forward: evaluate.Forward = forward) -> Callable[[Split], evaluate.Features]:
         return functools.partial(evaluate.extract_features, forward, variables, data=config.data,
@@ -343,7 +343,7 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
 
     rows = []
     if trial.validation is not None:
-        logits = evaluate.make_forward(run.model, config.data, run.mesh, "logits")
+        logits = evaluate.make_forward(run.model, config, run.mesh, "logits")
         rows += evaluate.evaluate_validation(trial, extract(trained, logits)(trial.validation))
     if trial.query is not None:
         features = evaluate.FeatureCache(extract(trained))

@@ -49,17 +49,18 @@ def small():
     model = JLML(0, num_strips=2, stem_features=4, global_widths=(4,), local_widths=(4,), depth=1,
                  global_feature_dim=3, local_feature_dim=5, native=False, axis_name="batch")
     pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 16, 3), dtype=np.uint8)
-    data = default.get_config().data
-    data.height, data.width = 32, 16
+    config = default.get_config()
+    config.data.height, config.data.width = 32, 16
     mesh = parallel.make_mesh()
-    return model, init_variables(model, 0, 32, 16), split_of(pixels, range(1, 11), [1] * 10), data, mesh
+    return model, init_variables(model, 0, 32, 16), split_of(pixels, range(1, 11), [1] * 10), config, mesh
 
 
 def test_no_image_is_lost_or_taken_twice_on_four_devices(small):
-    model, variables, split, data, mesh = small
+    model, variables, split, config, mesh = small
+    data = config.data
     assert mesh.size == 4
     expected = jax.jit(lambda images: model.apply(variables, normalise(images, data)))(split.decode(32, 16))["features"]
-    forward = evaluate.make_forward(model, data, mesh)
+    forward = evaluate.make_forward(model, config, mesh)
     for batch_size in (4, 8):  # both leave a part of the last batch empty
         features = evaluate.extract_features(forward, variables, split, data, batch_size, mesh)
         assert features.keys() == {"global", "local"}
@@ -69,13 +70,26 @@ def test_no_image_is_lost_or_taken_twice_on_four_devices(small):
     assert len(np.unique(np.round(features["local"], 3), axis=0)) == 10
 
 
+def test_features_may_be_the_mean_of_an_image_and_its_mirror_image(small):
+    model, variables, split, config, mesh = small
+    images = split.decode(32, 16)[:8]
+    once, mirrored = (evaluate.make_forward(model, config, mesh)(variables, x) for x in (images, images[:, :, ::-1]))
+    averaging = config.copy_and_resolve_references()
+    averaging.evaluate.flip_average = True
+    both = evaluate.make_forward(model, averaging, mesh)(variables, images)
+    for branch, values in both.items():
+        np.testing.assert_allclose(values, (once[branch] + mirrored[branch]) / 2, rtol=1e-5, atol=1e-6)
+        assert np.abs(values - once[branch]).max() > 1e-3
+
+
 def mean_pixels(_, images):
     """Stands for a network: an image's mean by channel."""
     return {"global": images.astype(np.float32).mean((1, 2))}
 
 
 def test_every_batch_has_one_shape(small):
-    _, variables, split, data, mesh = small
+    _, variables, split, config, mesh = small
+    data = config.data
     shapes = []
 
     def forward(variables, images):
@@ -89,7 +103,8 @@ def test_every_batch_has_one_shape(small):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_features_that_are_not_finite_are_refused(small, bad):
-    _, variables, split, data, mesh = small
+    _, variables, split, config, mesh = small
+    data = config.data
     marked = split.decode(32, 16).mean((1, 2))[[9, 6]].astype(np.float32)
 
     def forward(variables, images):
@@ -102,7 +117,8 @@ def test_features_that_are_not_finite_are_refused(small, bad):
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(small):
-    _, variables, split, data, mesh = small
+    _, variables, split, config, mesh = small
+    data = config.data
     with pytest.raises(UserError, match=r"evaluate\.batch_size=6.*4 devices"):
         evaluate.extract_features(mean_pixels, variables, split, data, 6, mesh)
 

@@ -148,30 +148,33 @@ VARIANTS = {
     "uni": {"model.loss": "uni", "model.feature_norm": True, "model.feature_relu": True, "evaluate.normalize": "joint",
             "data.height": 36, "data.width": 22, "data.std": (0.2, 0.3, 0.25), "model.num_strips": 3,
             "model.local_widths": (4,), "model.global_widths": (4, 4, 6)},
+    "flipped": {"evaluate.flip_average": True, "evaluate.normalize": "per_branch"},
 }
 
 
-@pytest.mark.parametrize(("variant", "norms"), [("global", 1), ("local", 1), ("two stems", 2), ("uni", 1)])
-def test_every_variant_agrees_with_its_run(tmp_path, shallow_config, capsys, variant, norms):
+@pytest.mark.parametrize(("variant", "norms", "passes"), [
+    ("global", 1, 1), ("local", 1, 1), ("two stems", 2, 1), ("uni", 1, 1), ("flipped", 2, 2)])
+def test_every_variant_agrees_with_its_run(tmp_path, shallow_config, capsys, variant, norms, passes):
     shallow_config.update_from_flattened_dict(VARIANTS[variant])
     write_run(tmp_path / "run", shallow_config)
     export.export_run(tmp_path / "run", "onnx", tmp_path / "jlml.onnx")
     error = float(capsys.readouterr().out.split("people to ")[1].split()[0])
     assert error < 1e-5
     # One convolution or product a kernel, and no trace of batch normalisation.
-    operators = [node.op_type for node in onnx.load(tmp_path / "jlml.onnx").graph.node]
+    graph = onnx.load(tmp_path / "jlml.onnx").graph
+    operators = [node.op_type for node in graph.node]
     params = load_run(tmp_path / "run").variables["params"]
     kernels = [leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(params)
                if path[-1].key == "kernel" and not is_identity_layer(path[0].key)]
-    assert operators.count("Conv") == kernels.count(4) and operators.count("Gemm") == kernels.count(2)
+    assert [operators.count("Conv"), operators.count("Gemm")] == [passes * kernels.count(4), passes * kernels.count(2)]
+    assert sum(len(array.dims) == 4 and array.dims[0] > 1 for array in graph.initializer) == kernels.count(4)
     assert operators.count("Sub") == 1  # the mean of the pixels
     assert operators.count("Sqrt") == norms
 
 
 def test_features_that_differ_are_not_written(run, tmp_path, monkeypatch):
     wrong = augment.normalise
-    monkeypatch.setattr(export, "normalise", lambda images, data: wrong(images, data) * (
-        1.01 if isinstance(images.shape[0], int) else 1))
+    monkeypatch.setattr(export, "normalise", lambda images, data: wrong(images, data) * 1.01)
     (tmp_path / "jlml.onnx").write_text("an earlier export")
     with pytest.raises(UserError, match=r"differ from the run's by \d\.\de-0[123] of their norm"):
         export.export_run(run, "onnx", tmp_path / "jlml.onnx")
@@ -204,6 +207,8 @@ def flat(x):
     lambda x: x.sum(3).sum(2),
     lambda x: flat(jnp.concatenate(jnp.split(x, (2, 3), axis=3)[::-1], axis=3)),
     lambda x: flat(jnp.concatenate(jnp.split(x, 2, axis=2)[::-1], axis=2)),
+    lambda x: flat(conv(jnp.flip(x, 2))),
+    lambda x: flat(conv(jnp.flip(x, (1, 2))) + conv(x)),
     lambda x: flat(jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 3, 1), (1, 1, 2, 1),
                                          ((0, 0), (0, 1), (1, 1), (0, 0)))),
 ])

@@ -50,7 +50,7 @@ def test_features_are_those_of_the_evaluation(tiny_extractor, tiny_run, market15
     run = load_run(tiny_run)
     split = datasets.load("market1501", ("query",), str(market1501_dir))["query"]
     mesh = parallel.make_mesh(jax.devices()[:1])
-    forward = evaluate.make_forward(build_model(run.config, 4), run.config.data, mesh)
+    forward = evaluate.make_forward(build_model(run.config, 4), run.config, mesh)
     decoded = split.decode(32, 16)
     branches = {name: np.asarray(values) for name, values in forward(run.variables, decoded).items()}
     expected = evaluate.matching_features(branches, "per_branch")["joint"]

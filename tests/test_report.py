@@ -79,7 +79,7 @@ def shop(tiny_run, tiny_extractor, shop_dir, tmp_path_factory):
                        {"rate": 1e-4, "threshold": None}]}))
     path = report.write_report(workdir, queries=5)
     run, mesh = load_run(workdir), parallel.make_mesh()
-    forward = evaluate.make_forward(build_model(run.config, 0), run.config.data, mesh)
+    forward = evaluate.make_forward(build_model(run.config, 0), run.config, mesh)
     features = [evaluate.matching_features(
         evaluate.extract_features(forward, run.variables, split, run.config.data, 16, mesh), "per_branch")
         for split in (trial.query, trial.gallery)]

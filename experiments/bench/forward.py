@@ -17,7 +17,7 @@ def bench_forward(height: int, width: int, batch_size: int, dtype: str, repeats:
     model = models.build_model(config, NUM_IDENTITIES).clone(dtype=train_step.compute_dtype(dtype))
     variables = models.init_variables(model, config.seed, height, width)
     images = np.random.default_rng(0).integers(0, 256, (batch_size, height, width, 3), np.uint8)
-    forward = evaluate.make_forward(model, config.data, mesh)
+    forward = evaluate.make_forward(model, config, mesh)
     placed = parallel.replicate(variables, mesh), parallel.shard_batch(images, mesh)
 
     def ours():
@@ -28,7 +28,7 @@ def bench_forward(height: int, width: int, batch_size: int, dtype: str, repeats:
         torch_peer.check_agreement(jax.device_get(ours()), peer(), dtype, name)
     seconds = time_in_turn({"ours": ours} | peers, repeats)
     best = min(peers, key=lambda name: np.median(seconds[name]))
-    work = floor.count_work(evaluate.make_forward(model.clone(native=True), config.data, mesh), *placed)
+    work = floor.count_work(evaluate.make_forward(model.clone(native=True), config, mesh), *placed)
     return {
         "height": height, "width": width, "batch_size": batch_size, "dtype": dtype, "repeats": repeats,
         "images_per_second": {name: float(batch_size / np.median(values)) for name, values in seconds.items()},

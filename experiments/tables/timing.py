@@ -61,7 +61,7 @@ def estimate(config: ml_collections.ConfigDict) -> Estimate:
 
     seconds_a_step = _median_seconds(one_step)
 
-    forward = evaluate.make_forward(model, config.data, mesh)
+    forward = evaluate.make_forward(model, config, mesh)
     images = parallel.shard_batch(_black(config.evaluate.batch_size, *size)[0], mesh)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     started = time.perf_counter()
