@@ -1,4 +1,4 @@
-"""From uint8 crops to the network's input, on the device: resize, flip, crop, erase and normalise."""
+"""From uint8 crops to the network's input, on the device: resize, flip, crop, recolour, erase and normalise."""
 
 import functools
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDi
             axis_name: str | None = None, parts: int = 1) -> jax.Array:
     """Random changes to a batch of uint8 crops [b, h, w, 3], independent for each, at the network's input size.
 
-    Crops of that size stay uint8. Smaller ones are resized by bilinear interpolation, to float32 from 0 to 255: so they
-    travel, and lie on the device, in their own few bytes.
+    Smaller crops are resized by bilinear interpolation: so they travel, and lie on the device, in their own few bytes.
+    The result is uint8 where pixels only move, else float32 from 0 to 255.
 
     What is erased gets the data's mean, which is normalised to 0.
     `key` is the global batch's: the device's rows, as `sampling.device_rows` has them, take their own share of what is
@@ -55,6 +55,8 @@ def _augment_one(settings, data, key, image):
     if settings.flip:
         columns = jnp.where(jax.random.bernoulli(flip_key), width - 1 - columns, columns)
     image = _resample(_resample(image, rows, height, axis=0), columns, width, axis=1)
+    if settings.color_jitter:
+        image = _jitter_color(jax.random.fold_in(key, 3), image.astype(jnp.float32), settings.color_jitter)
     if settings.erasing_probability:
         erased = _erased_area(jax.random.fold_in(key, 2), image.shape, settings.erasing_probability)
         image = jnp.where(erased[..., None], jnp.round(255 * jnp.asarray(data.mean)).astype(image.dtype), image)
@@ -74,6 +76,18 @@ def _resample(image: jax.Array, positions: jax.Array, size: int, axis: int) -> j
     first, second = (jnp.take(image, position, axis, mode="clip").astype(jnp.float32)
                      for position in (jnp.maximum(before, 0), before + 1))
     return first * (1 - weight) + second * weight
+
+
+_LUMA = 0.299, 0.587, 0.114  # of red, green and blue (ITU-R BT.601)
+
+
+def _jitter_color(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
+    """Brightness, contrast and saturation of pixels 0 to 255, each by a factor from 1 - strength to 1 + strength."""
+    brightness, contrast, saturation = jax.random.uniform(key, (3,), minval=1 - strength, maxval=1 + strength)
+    image = image * brightness
+    grey = (image @ jnp.asarray(_LUMA))[..., None]
+    mean = grey.mean()
+    return jnp.clip(mean + contrast * (grey - mean + saturation * (image - grey)), 0, 255)
 
 
 # Random erasing (Zhong et al. 2020, Algorithm 1): bounds of the erased share of the image and of its height over its

@@ -117,9 +117,10 @@ def images_of(count=32, height=12, width=8):
 
 
 @functools.cache
-def augmentation(flip, crop_padding, axis_name=None, erasing_probability=0.0, size=None):
+def augmentation(flip, crop_padding, axis_name=None, erasing_probability=0.0, size=None, color_jitter=0.0):
     """At an input size of `size`; that of the images if none is given."""
-    settings = ConfigDict({"flip": flip, "crop_padding": crop_padding, "erasing_probability": erasing_probability})
+    settings = ConfigDict({"flip": flip, "crop_padding": crop_padding, "color_jitter": color_jitter,
+                           "erasing_probability": erasing_probability})
 
     def changed(key, images):
         height, width = size or images.shape[1:3]
@@ -185,6 +186,35 @@ def test_erasing_leaves_flips_and_crops_as_they_were():
     kept = (erased != np.round(255 * np.array(FILL))).any(-1)
     np.testing.assert_array_equal(erased[kept], np.asarray(augmentation(True, 2)(key, images))[kept])
     assert 0.5 < kept.mean() < 0.98
+
+
+def test_color_jitter_scales_brightness_contrast_and_saturation_within_bounds():
+    strength, key = 0.3, jax.random.key(0)
+    jitter = augmentation(False, 0, color_jitter=strength)
+    grey = np.broadcast_to(np.arange(60, 156, dtype=np.uint8).reshape(12, 8, 1), (500, 12, 8, 3))
+    changed = np.asarray(jitter(key, grey))
+    assert np.ptp(changed, axis=3).max() < 1e-3  # what has no colour gets none
+    brightness = changed.mean((1, 2, 3)) / grey[0].mean()
+    contrast = changed.std((1, 2, 3)) / grey[0].std() / brightness
+    for factors in (brightness, contrast):
+        assert 1 - strength - 1e-3 < factors.min() < 1 - 0.9 * strength < 1 + 0.9 * strength < factors.max()
+        assert factors.max() < 1 + strength + 1e-3
+    assert abs(np.corrcoef(brightness, contrast)[0, 1]) < 0.15
+    plain = np.broadcast_to(np.array([120, 100, 90], np.uint8), (500, 12, 8, 3))
+    colored = np.asarray(jitter(key, plain))[:, 0, 0]
+    np.testing.assert_allclose(colored @ [0.299, 0.587, 0.114], 104.84 * brightness, rtol=1e-4)
+    # Contrast is about the image's mean grey: in a plain one it scales colour, together with saturation.
+    saturation = (colored[:, 0] - colored[:, 2]) / 30 / brightness / contrast
+    assert 1 - strength - 1e-3 < saturation.min() < 0.75 and 1.25 < saturation.max() < 1 + strength + 1e-3
+
+
+def test_color_jitter_stays_in_range_and_leaves_what_moves_as_it_was():
+    images, key = images_of(64), jax.random.key(0)
+    changed = np.asarray(augmentation(True, 2, color_jitter=1.0)(key, images))
+    assert changed.min() == 0 and changed.max() == 255
+    moved = np.asarray(augmentation(True, 2)(key, images)).astype(float)
+    alike = [np.corrcoef(a.mean(-1).ravel(), b.mean(-1).ravel())[0, 1] for a, b in zip(changed, moved, strict=True)]
+    assert np.median(alike) > 0.8
 
 
 @pytest.mark.parametrize("size", [(24, 16), (12, 20), (31, 8), (21, 23)])
