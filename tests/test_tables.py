@@ -15,10 +15,12 @@ from configs import market1501, synthetic
 from experiments.tables import __main__ as command
 from experiments.tables import figures, plan, published, size, timing
 from experiments.tables.report import Outcome, Report, outcomes
-from jlml_jax import evaluate
+from jlml_jax import datasets, evaluate
+from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
-from jlml_jax.models import build_model, init_variables
+from jlml_jax.models import build_model, init_variables, is_identity_layer
+from jlml_jax.train import train_and_evaluate
 
 DATASET = "market1501"
 TINY = ["--config.data.height=16", "--config.data.width=8", "--config.model.num_strips=1", "--config.model.depth=1",
@@ -89,22 +91,22 @@ def test_published_figures():
     def paper(number, line):
         return list(published.load(number).rows[line])
 
-    assert paper(6, "JLML") == paper(9, "JLML (joint)") == [85.1, 65.5, 89.7, 74.5]
-    assert paper(5, "X-Corr") == [72.4, 95.5, None, 98.4, 72.0, 96.0, None, 98.2]
-    assert paper(5, "MTDnet") == [74.7, 96.0, 97.5] + 5 * [None]
-    assert paper(7, "SCS") == [53.5, 82.6, 91.5, 96.7]
-    assert paper(8, "JLML") == [37.5, 61.4, 69.4, 77.4]
-    assert paper(10, "UniLoss, Local Feature") == [46.3, 26.3, 58.0, 34.0]
-    assert paper(13, "JLML-ResNet39") == [1.54e9, 7.2, 39, 5]
-    assert [len(published.load(number).rows) for number in range(5, 14)] == [9, 5, 9, 5, 3, 6, 2, 2, 5]
+    assert paper("6", "JLML") == paper("9", "JLML (joint)") == [85.1, 65.5, 89.7, 74.5]
+    assert paper("5", "X-Corr") == [72.4, 95.5, None, 98.4, 72.0, 96.0, None, 98.2]
+    assert paper("5", "MTDnet") == [74.7, 96.0, 97.5] + 5 * [None]
+    assert paper("7", "SCS") == [53.5, 82.6, 91.5, 96.7]
+    assert paper("8", "JLML") == [37.5, 61.4, 69.4, 77.4]
+    assert paper("10", "UniLoss, Local Feature") == [46.3, 26.3, 58.0, 34.0]
+    assert paper("13", "JLML-ResNet39") == [1.54e9, 7.2, 39, 5]
+    assert [len(published.load(str(number)).rows) for number in range(5, 14)] == [9, 5, 9, 5, 3, 6, 2, 2, 5]
 
 
 @pytest.mark.parametrize(("number", "better", "worse", "gains"), [
-    (5, "JLML", "DGD", {0: 7.9}), (5, "JLML", "X-Corr", {4: 8.6}), (6, "JLML", "S-CNN", {0: 19.3, 2: 13.7}),
-    (8, "JLML", "GOG", {0: 12.8}), (9, "JLML (joint)", "JLML (Local)", {0: 6.2, 1: 7.7, 2: 3.3, 3: 6.1}),
-    (10, "MultiLoss, Full", "UniLoss, Full", {0: 9.0, 1: 13.3, 2: 6.0, 3: 11.7}),
-    (11, "With Shared Feature", "Without Shared Feature", {0: 1.9, 1: 2.4, 2: 1.4, 3: 2.4}),
-    (12, "With SFL", "Without SFL", {0: 1.7, 1: 1.7, 2: 1.0, 3: 1.6}),
+    ("5", "JLML", "DGD", {0: 7.9}), ("5", "JLML", "X-Corr", {4: 8.6}), ("6", "JLML", "S-CNN", {0: 19.3, 2: 13.7}),
+    ("8", "JLML", "GOG", {0: 12.8}), ("9", "JLML (joint)", "JLML (Local)", {0: 6.2, 1: 7.7, 2: 3.3, 3: 6.1}),
+    ("10", "MultiLoss, Full", "UniLoss, Full", {0: 9.0, 1: 13.3, 2: 6.0, 3: 11.7}),
+    ("11", "With Shared Feature", "Without Shared Feature", {0: 1.9, 1: 2.4, 2: 1.4, 3: 2.4}),
+    ("12", "With SFL", "Without SFL", {0: 1.7, 1: 1.7, 2: 1.0, 3: 1.6}),
 ])
 def test_published_figures_agree_with_the_gains_in_the_papers_text(number, better, worse, gains):
     rows = published.load(number).rows
@@ -112,22 +114,25 @@ def test_published_figures_agree_with_the_gains_in_the_papers_text(number, bette
 
 
 def test_every_table_is_whole():
-    for number, table in plan.TABLES.items():
-        paper = published.load(number)
+    for name, table in plan.TABLES.items():
+        if table.title:
+            assert table.rows() and not table.comparisons
+            continue
+        paper = published.load(name)
         assert all(len(values) == len(paper.columns) for values in paper.rows.values())
         assert table.ours.keys() <= paper.rows.keys()
         assert {line for pair in table.comparisons for line in pair} <= table.ours.keys()
     assert published.citation("X-Corr") == "Subramaniam et al., 2016"
     assert published.citation("JLML (joint)") == published.citation("UniLoss, Full") == "Li et al., 2017"
-    compared = {line for number in (5, 6, 7, 8, 13) for line in published.load(number).rows}
+    compared = {line for number in ("5", "6", "7", "8", "13") for line in published.load(number).rows}
     assert {line for line in compared if published.citation(line) == "Li et al., 2017"} == {"JLML", "JLML-ResNet39"}
 
 
 # --- What the user can mend
 
 @pytest.mark.parametrize(("given", "message"), [
-    (["--table=4"], "--table=4 is not a table made here; give one of 5 to 13"),
-    (["--table=nine"], "nine"),
+    (["--table=4"], "--table=4 is not a table made here; give one of 5 to 13, or of normalize, feature, strips"),
+    (["--table=nine"], "--table=nine is not a table"),
     (["--dataset=market1501"], "--table= is not a table"),
     (["--table=6"], "--dataset=: table 6 is defined on market1501"),
     (["--table=6", "--dataset=viper"], "--dataset=viper: table 6 is defined on market1501"),
@@ -204,7 +209,7 @@ def test_every_run_carries_its_provenance(trained):
 
 def test_figures_of_table_12(trained):
     folder = trained / DATASET
-    for name in ("training", "cmc", "features"):
+    for name in ("training", "cmc", "features", "scales"):
         picture = (folder / f"table_12_{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and 5_000 < len(picture) < 200_000
         assert f"(table_12_{name}.png)" in (folder / "table_12.md").read_text()
@@ -222,6 +227,22 @@ def test_figures_of_table_12(trained):
         assert float(layers["jlml", when, "local", "0"]["group_norm_mean"]) == pytest.approx(
             np.abs(kernel).sum(axis=0).mean(), rel=1e-5)
     assert layers["jlml", "before", "global", ""] != layers["jlml", "after", "global", ""]
+
+
+def test_scales_of_the_branches(trained, market1501_dir):
+    """Against the distances themselves, over all pairs of queries."""
+    folder = trained / DATASET
+    scales, = (one for one in csv.DictReader((folder / "table_12_scales.csv").open()) if one["row"] == "jlml")
+    run = load_run(folder / "jlml" / "seed-0")
+    images = datasets.load(DATASET, ("query",), str(market1501_dir))["query"].decode(16, 8)
+    model = build_model(run.config, 0)
+    params = {name: leaf for name, leaf in run.variables["params"].items() if not is_identity_layer(name)}
+    features = model.apply(run.variables | {"params": params}, normalise(images, run.config.data))["features"]
+    squares = {branch: np.square(np.asarray(values)[:, None] - np.asarray(values)[None]).sum()
+               for branch, values in features.items()}
+    assert float(scales["local_share"]) == pytest.approx(100 * squares["local"] / sum(squares.values()), rel=1e-3)
+    for branch, values in features.items():
+        assert float(scales[f"{branch}_norm"]) == pytest.approx(np.linalg.norm(values, axis=1).mean(), rel=1e-3)
 
 
 def test_groups_of_the_feature_layers():
@@ -336,7 +357,7 @@ def report_of(tmp_path, number, config, seeds, scores):
 def test_mean_and_deviation_over_seeds_and_gains_seed_by_seed(tmp_path):
     config = synthetic.get_config()
     config.evaluate.normalize = "none"
-    report = report_of(tmp_path, 11, config, [0, 1, 2], [{0: 0.2}, {0: 0.4}, {0: 0.6}, {0: 0.3}, {0: 0.5}, {0: 0.71}])
+    report = report_of(tmp_path, "11", config, [0, 1, 2], [{0: 0.2}, {0: 0.4}, {0: 0.6}, {0: 0.3}, {0: 0.5}, {0: 0.71}])
     assert report.rows["jlml"] == Outcome(report.rows["jlml"].runs, "")
     ours = report.figure("Without Shared Feature", "rank1", False)
     assert (ours.mean, ours.deviation, ours.samples) == pytest.approx((40, 20, 3))
@@ -351,7 +372,7 @@ def test_mean_and_deviation_over_seeds_and_gains_seed_by_seed(tmp_path):
 def test_mean_and_deviation_over_trials(tmp_path):
     config = market1501.get_config()
     config.data.name, config.data.trials = "viper", "0-2"
-    report = report_of(tmp_path, 7, config, [0], [{0: 0.5, 1: 0.6, 2: 0.7, 3: 0.0}])  # trial 3 is not asked for
+    report = report_of(tmp_path, "7", config, [0], [{0: 0.5, 1: 0.6, 2: 0.7, 3: 0.0}])  # trial 3 is not asked for
     ours = report.figure("JLML", "rank1", False)
     assert (ours.mean, ours.deviation, ours.samples) == pytest.approx((60, 10, 3))
     assert report.spread() == "± is the sample standard deviation over 3 trials"
@@ -363,9 +384,9 @@ def test_mean_and_deviation_over_trials(tmp_path):
 def test_rows_are_the_papers_ablations():
     config = market1501.get_config()
     config.init_from = "runs/{row}/imagenet"
-    runs = {run.row: run.config for number in (10, 11, 12)
-            for run in plan.plan_runs(plan.TABLES[number], config, Path("tables"), [3])}
-    assert runs.keys() == plan.ROWS.keys()
+    runs = {run.row: run.config for name in ("10", "11", "12")
+            for run in plan.plan_runs(plan.TABLES[name], config, Path("tables"), [3])}
+    assert runs.keys() == {"jlml", "uni_loss", "separate_stems", "without_sfl"}
     flat = flatten_dict(config.to_dict(), sep=".")
     changed = {"name", "seed", "init_from"}
     for row, of_row in runs.items():
@@ -373,6 +394,49 @@ def test_rows_are_the_papers_ablations():
                  if value != flat[field] and field not in changed}
         assert delta == plan.ROWS[row]
         assert (of_row.seed, of_row.init_from) == (3, f"runs/{row}/imagenet")
+
+
+# --- What the paper is silent about
+
+def test_a_study_of_the_evaluation_trains_nothing(copied, arguments, monkeypatch, capsys):
+    asked = []
+
+    def make(config, workdir):
+        asked.append((config.evaluate.normalize, json.loads((workdir / "config.json").read_text())["train"]["steps"]))
+        assert not (workdir / "results.json").exists() and list((workdir / "checkpoints").iterdir())
+        train_and_evaluate(config, workdir)
+
+    monkeypatch.setattr(command, "train_and_evaluate", make)
+    assert run("--table=normalize", f"--workdir={copied}", *arguments) == 0
+    assert asked == [("joint", 4), ("per_branch", 4)]  # none is the full run
+    assert "step 4/4" not in capsys.readouterr().out
+    text = (copied / DATASET / "table_normalize.md").read_text()
+    assert text.startswith("### L2 normalisation of the matching feature (market1501)") and "paper" not in text
+    assert "| line | R1 | R10 | mAP |" in text
+    lines = lines_of(copied, "normalize")
+    for line, row in (("none, joint", "jlml"), ("joint, joint", "normalize_joint"), ("none, local", "jlml")):
+        ours = score_of(copied, row, line.partition(", ")[2], "single-query", "rank1")
+        assert float(lines[line, "single", "rank1"]["ours"]) == pytest.approx(ours, abs=1e-3)
+    assert lines["none, joint", "single", "rank1"]["citation"] == ""
+
+
+def test_a_study_of_an_evaluation_needs_the_trained_run(tmp_path, arguments, no_training, capsys):
+    assert run("--table=normalize", "--only=normalize_joint", f"--workdir={tmp_path}", *arguments) == 2
+    assert "jlml/seed-0, which has its weights, is not trained" in capsys.readouterr().err
+    assert not no_training
+
+
+def test_rows_of_studies_that_change_nothing_are_the_full_run():
+    config = synthetic.get_config()  # BN on the feature, 4 strips, 5e-4, per_branch
+    for name, same in (("feature", "feature_fc_bn"), ("strips", "strips_4"), ("penalties", "penalties_0.0005"),
+                       ("normalize", "normalize_per_branch")):
+        runs = plan.plan_runs(plan.TABLES[name], config, Path("tables"), [1])
+        assert [run.row for run in runs if run.folder == Path("tables/jlml/seed-1")] == [same]
+        for one in runs:
+            for field, value in plan.ROWS[one.row].items():
+                assert one.config[field.partition(".")[0]][field.partition(".")[2]] == value
+        assert all((one.trained_in is not None) == (name == "normalize" and one.row != same) for one in runs)
+        assert name != "normalize" or runs[0].row == same
 
 
 # --- Table 13

@@ -1,5 +1,7 @@
 """The paper's tables with our figures beside them: python -m experiments.tables --table=N --dataset=NAME
 
+N is 5 to 13, or what the paper is silent about: normalize, feature (BN and ReLU on it), strips, penalties.
+
 Trains what is missing, reuses what is there, and writes into WORKDIR/DATASET table_N.md, .csv and _runs.json (the
 results and the provenance of every run), and figures. A row's run lies in WORKDIR/DATASET/ROW/seed-S, for all tables
 that have the row.
@@ -14,6 +16,7 @@ field for all rows. In init_from, {row} stands for the row's name: a row of anot
 """
 
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -28,11 +31,11 @@ from ml_collections import config_flags
 
 import configs
 from experiments.tables import figures, size, timing
-from experiments.tables.plan import ROWS, Run, check_config, find_table, parse_seeds, plan_runs
+from experiments.tables.plan import ROWS, TABLES, Run, check_config, find_table, parse_seeds, plan_runs
 from experiments.tables.report import Report, outcomes
 from jlml_jax.checkpoints import write_atomically
 from jlml_jax.errors import UserError, exit_status
-from jlml_jax.train import train_and_evaluate
+from jlml_jax.train import RESULTS, train_and_evaluate
 
 _CONFIG_NAMES = {"synthetic_pedestrians": "synthetic", "imagenet2012": "imagenet", "tiny_imagenet": "imagenet"}
 _OTHER_FLAGS = {"data.name": "--dataset", "seed": "--seeds"}
@@ -40,7 +43,7 @@ _OTHER_FLAGS = {"data.name": "--dataset", "seed": "--seeds"}
 
 def _define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    flags.DEFINE_integer("table", None, "The paper's table, 5 to 13.", flag_values=values)
+    flags.DEFINE_string("table", None, f"The paper's table, or a study: {', '.join(TABLES)}.", flag_values=values)
     flags.DEFINE_string("dataset", None, "A data set that the table is defined on.", flag_values=values)
     flags.DEFINE_string("workdir", "runs/tables", "The folder of all tables and their runs.", flag_values=values)
     flags.DEFINE_string("seeds", "0", "Each row is trained once by each of these: 0,1,2.", flag_values=values)
@@ -82,7 +85,7 @@ def _command(argv: list[str]) -> None:
     seeds = parse_seeds(options.seeds)
     if options.only is not None and options.only not in table.rows():
         known = f"its rows are {', '.join(table.rows())}" if table.rows() else "it has nothing to train"
-        raise UserError(f"--only={options.only} is not a row of table {table.number}; {known}")
+        raise UserError(f"--only={options.only} is not a row of table {table.name}; {known}")
     folder = Path(options.workdir) / options.dataset.replace("/", "_")
     runs = plan_runs(table, config, folder, seeds)
     chosen = [run for run in runs if options.only in (None, run.row)]
@@ -108,6 +111,10 @@ def _make(run: Run) -> str:
         return ""
     print(f"{run}: {missing}", flush=True)
     try:
+        if run.trained_in and not run.folder.exists():  # the same weights, evaluated otherwise
+            if not (run.trained_in / "checkpoints").exists() and not list(run.trained_in.glob("trial-*/checkpoints")):
+                return f"{run.trained_in}, which has its weights, is not trained"
+            shutil.copytree(run.trained_in, run.folder, ignore=shutil.ignore_patterns(RESULTS, "lock"))
         train_and_evaluate(run.config, run.folder)
     except UserError as error:
         return " ".join(str(error).split())
@@ -121,7 +128,7 @@ def _make(run: Run) -> str:
 
 def _report(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"table_{report.table.number}"
+    stem = f"table_{report.table.name}"
     names = figures.draw(report, folder, stem)
     _write(folder, stem, {".csv": report.csv(), "_runs.json": report.runs(), ".md": report.markdown(names)})
 
@@ -145,7 +152,7 @@ def _list(runs: list[Run]) -> None:
             if not (compiled := run.row in estimates):
                 estimates[run.row] = timing.estimate(run.config)
                 jax.clear_caches()
-            seconds = estimates[run.row].run(run.config.train.steps, compiled)
+            seconds = estimates[run.row].run(0 if run.trained_in else run.config.train.steps, compiled)
         total += seconds
         print(f"{run}: {run.config.train.steps} steps, {missing or 'finished'}; {seconds:.0f} s; {run.folder}")
     for row, found in estimates.items():

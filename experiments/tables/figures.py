@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tables.plan import Run, read_metrics
+from experiments.tables.plan import BENCHMARKS, Run, read_metrics
 from experiments.tables.report import Figure, Report
+from jlml_jax import evaluate, parallel, protocols
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
 from jlml_jax.evaluate import REPORTED_RANKS
@@ -33,8 +34,9 @@ def draw(report: Report, folder: Path, stem: str) -> list[str]:
     if not finished:
         return []
     names = [_training_curves(finished, folder, f"{stem}_training"), _cmc_curves(report, folder, f"{stem}_cmc")]
-    if report.table.number == 12:
-        names.append(_feature_layers(finished, folder, f"{stem}_features"))
+    if report.table.name in ("12", "penalties"):
+        names += [_feature_layers(finished, folder, f"{stem}_features"),
+                  _feature_scales(finished, folder, f"{stem}_scales")]
     return names
 
 
@@ -97,8 +99,9 @@ def _cmc_curves(report: Report, folder: Path, stem: str) -> str:
         if found:
             figures = [Figure.of(row[f"rank{rank}"] for row in found) for rank in REPORTED_RANKS]
             axis.errorbar(REPORTED_RANKS, [one.mean for one in figures], [one.deviation or 0 for one in figures],
-                          color=f"C{color}", marker="o", capsize=3, label=line if report.table.number > 8 else "ours")
-    if report.comparable and report.table.number in (5, 7, 8):
+                          color=f"C{color}", marker="o", capsize=3,
+                          label="ours" if report.table.name in BENCHMARKS else line)
+    if report.comparable and report.table.name in ("5", "7", "8"):
         for number, (line, values) in enumerate(report.published.rows.items(), 1):  # C0 is ours
             points = [(int(column.score.removeprefix("rank")), values[k]) for k in report.columns
                       if (column := report.published.columns[k]) and values[k] is not None]
@@ -189,3 +192,34 @@ def _feature_layers(rows: dict[str, Sequence[Run]], folder: Path, stem: str) -> 
     return _save(figure, folder / f"{stem}.png")
 
 
+# --- the branches' scales in the concatenation
+
+def _feature_scales(rows: dict[str, Sequence[Run]], folder: Path, stem: str) -> str:
+    """How long each branch's features of the queries are, and how much of the squared distances is the local one's."""
+    records = [{"row": row, "seed": run.seed} | _scales(run) for row, runs in rows.items() for run in runs]
+    _write_csv(folder / f"{stem}.csv", records)
+    figure, axes = _new_figure(2)
+    for axis, fields, label in ((axes[0][0], ("global_norm", "local_norm"), "mean length of a feature (l2)"),
+                                (axes[0][1], ("local_share",), "local branch's share of squared distances (%)")):
+        for place, field in enumerate(fields):
+            values = [np.mean([record[field] for record in records if record["row"] == row]) for row in rows]
+            offset = (place - (len(fields) - 1) / 2) / (len(fields) + 1)
+            axis.bar(np.arange(len(rows)) + offset, values, 1 / (len(fields) + 1), label=field.partition("_")[0])
+        axis.set_xticks(np.arange(len(rows)), rows, fontsize="small", rotation=20)
+        axis.set(ylabel=label)
+    axes[0][0].set_yscale("log")
+    axes[0][0].legend(fontsize="small")
+    return _save(figure, folder / f"{stem}.png")
+
+
+def _scales(run: Run) -> dict[str, float]:
+    """Of the run's first trial. Two images' mean squared distance is twice the variance, summed over dimensions."""
+    trained = load_run(next(folder for folder in run.trials() if (folder / RESULTS).exists()))
+    config, mesh = trained.config, parallel.make_mesh()
+    trial = protocols.load(config.data.name, config.data).trial(int(config.data.trials))
+    forward = evaluate.make_forward(build_model(config, len(trial.identities())), config, mesh)
+    features = evaluate.extract_features(forward, parallel.replicate(trained.variables, mesh), trial.query, config.data,
+                                         config.evaluate.batch_size, mesh)
+    spread = {branch: float(values.var(axis=0).sum()) for branch, values in features.items()}
+    lengths = {f"{branch}_norm": float(np.linalg.norm(values, axis=1).mean()) for branch, values in features.items()}
+    return lengths | {"local_share": 100 * spread["local"] / sum(spread.values())}

@@ -1,4 +1,7 @@
-"""What each table needs: on which data sets it is defined, the runs behind its rows, and where these stand."""
+"""What each table needs: on which data sets it is defined, the runs behind its rows, and where these stand.
+
+Beside the paper's tables there are some of what it is silent about, the studies, made and shown in the same way.
+"""
 
 import dataclasses
 import json
@@ -13,7 +16,11 @@ from jlml_jax import datasets
 from jlml_jax.checkpoints import FREE_FIELDS
 from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError
+from jlml_jax.evaluate import NORMALIZE
 from jlml_jax.train import RESULTS
+
+_STRIPS, _PENALTIES = (1, 2, 4, 8), (5e-6, 5e-5, 5e-4, 5e-3)
+FEATURES = ("global", "local", "joint")
 
 # What the rows are trained with, by the name of the row's folder: a delta over the config of all rows.
 ROWS: dict[str, dict[str, Any]] = {
@@ -21,6 +28,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "uni_loss": {"model.loss": "uni"},
     "separate_stems": {"model.shared_stem": False},
     "without_sfl": {"loss.lambda_global": 0.0, "loss.lambda_local": 0.0},
+    **{f"normalize_{normalize}": {"evaluate.normalize": normalize} for normalize in NORMALIZE},
+    "feature_fc": {"model.feature_norm": False, "model.feature_relu": False},
+    "feature_fc_bn": {"model.feature_norm": True, "model.feature_relu": False},
+    "feature_fc_bn_relu": {"model.feature_norm": True, "model.feature_relu": True},
+    **{f"strips_{strips}": {"model.num_strips": strips} for strips in _STRIPS},
+    **{f"penalties_{weight:g}": {"loss.lambda_global": weight, "loss.lambda_local": weight} for weight in _PENALTIES},
 }
 # The full JLML, which the deltas are over: the config of all rows must have these.
 FULL = {"model.branches": "both", "model.loss": "multi", "model.shared_stem": True}
@@ -28,11 +41,15 @@ FULL = {"model.branches": "both", "model.loss": "multi", "model.shared_stem": Tr
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One of the paper's tables: its lines that are ours, and the comparisons that its text draws from them."""
+    """One of the paper's tables: its lines that are ours, and the comparisons that its text draws from them.
 
-    number: int
+    Or a study, which has a title of its own, and lines that are all ours.
+    """
+
+    name: str  # 5 to 13, or a study's
     ours: dict[str, tuple[str, str]]  # line of paper_tables.json -> (row, feature)
     comparisons: tuple[tuple[str, str], ...] = ()  # (better, worse), lines of `ours`
+    title: str = ""  # of a study
 
     def rows(self) -> list[str]:
         """The rows to train, each once."""
@@ -40,41 +57,54 @@ class Table:
 
     def datasets(self) -> tuple[str, ...]:
         """The data sets that the table is defined on; folder/NAME stands for anybody's own."""
-        if self.number in _BENCHMARKS:
-            return _BENCHMARKS[self.number]
-        return datasets.NAMES if self.number == 13 else tuple(name for name in datasets.NAMES if name not in _NO_TEST)
+        if self.name in BENCHMARKS:
+            return BENCHMARKS[self.name]
+        return datasets.NAMES if self.name == "13" else tuple(name for name in datasets.NAMES if name not in _NO_TEST)
 
 
-_BENCHMARKS = {5: ("cuhk03/detected", "cuhk03/labeled"), 6: ("market1501",), 7: ("viper",), 8: ("grid",)}
+# The tables that compare methods on one data set.
+BENCHMARKS = {"5": ("cuhk03/detected", "cuhk03/labeled"), "6": ("market1501",), "7": ("viper",), "8": ("grid",)}
 _NO_TEST = ("imagenet2012", "tiny_imagenet")  # nobody is ranked there
 
 # Tables 9 and 10: global, local and joint (full) features are of one run each; Table 10's lower half is Table 9.
-TABLES = {table.number: table for table in (
-    *(Table(number, {"JLML": ("jlml", "joint")}) for number in _BENCHMARKS),
-    Table(9, {f"JLML ({feature.title() if feature != 'joint' else feature})": ("jlml", feature)
-              for feature in ("global", "local", "joint")},
+TABLES = {table.name: table for table in (
+    *(Table(name, {"JLML": ("jlml", "joint")}) for name in BENCHMARKS),
+    Table("9", {f"JLML ({feature.title() if feature != 'joint' else feature})": ("jlml", feature)
+                for feature in FEATURES},
           (("JLML (joint)", "JLML (Global)"), ("JLML (joint)", "JLML (Local)"), ("JLML (Local)", "JLML (Global)"))),
-    Table(10, {f"{loss}, {line}": (row, feature)
-               for loss, row in (("UniLoss", "uni_loss"), ("MultiLoss", "jlml"))
-               for line, feature in (("Global Feature", "global"), ("Local Feature", "local"), ("Full", "joint"))},
+    Table("10", {f"{loss}, {line}": (row, feature)
+                 for loss, row in (("UniLoss", "uni_loss"), ("MultiLoss", "jlml"))
+                 for line, feature in (("Global Feature", "global"), ("Local Feature", "local"), ("Full", "joint"))},
           tuple((f"MultiLoss, {line}", f"UniLoss, {line}") for line in ("Global Feature", "Local Feature", "Full"))),
-    Table(11, {"Without Shared Feature": ("separate_stems", "joint"), "With Shared Feature": ("jlml", "joint")},
+    Table("11", {"Without Shared Feature": ("separate_stems", "joint"), "With Shared Feature": ("jlml", "joint")},
           (("With Shared Feature", "Without Shared Feature"),)),
-    Table(12, {"Without SFL": ("without_sfl", "joint"), "With SFL": ("jlml", "joint")},
+    Table("12", {"Without SFL": ("without_sfl", "joint"), "With SFL": ("jlml", "joint")},
           (("With SFL", "Without SFL"),)),
-    Table(13, {}),
+    Table("13", {}),
+    Table("normalize", {f"{normalize}, {feature}": (f"normalize_{normalize}", feature)
+                        for normalize in NORMALIZE for feature in FEATURES},
+          title="L2 normalisation of the matching feature"),
+    Table("feature", {f"{line}, {feature}": (row, feature) for row, line in (
+        ("feature_fc", "fc"), ("feature_fc_bn", "fc, BN"), ("feature_fc_bn_relu", "fc, BN, ReLU")
+    ) for feature in FEATURES}, title="What follows the feature layer"),
+    Table("strips", {f"m = {strips}, {feature}": (f"strips_{strips}", feature)
+                     for strips in _STRIPS for feature in FEATURES}, title="Strips of the local branch"),
+    Table("penalties", {f"{weight:g}, {feature}": (f"penalties_{weight:g}", feature)
+                        for weight in _PENALTIES for feature in FEATURES},
+          title="Weight of both sparsity penalties"),
 )}
 
 
-def find_table(number: int | None, dataset: str | None) -> Table:
-    """The table, if there is one of that number and it is defined on the data set."""
-    if number not in TABLES:
-        raise UserError(f"--table={'' if number is None else number} is not a table made here; give one of 5 to 13")
-    known = TABLES[number].datasets()
-    family, _, name = (dataset or "").partition("/")
-    if ("folder/NAME" if family == "folder" and name else dataset) not in known:
-        raise UserError(f"--dataset={dataset or ''}: table {number} is defined on {', '.join(known)}")
-    return TABLES[number]
+def find_table(name: str | None, dataset: str | None) -> Table:
+    """The table, if there is one of that name and it is defined on the data set."""
+    if name not in TABLES:
+        studies = ", ".join(name for name, table in TABLES.items() if table.title)
+        raise UserError(f"--table={name or ''} is not a table made here; give one of 5 to 13, or of {studies}")
+    known = TABLES[name].datasets()
+    family, _, own = (dataset or "").partition("/")
+    if ("folder/NAME" if family == "folder" and own else dataset) not in known:
+        raise UserError(f"--dataset={dataset or ''}: table {name} is defined on {', '.join(known)}")
+    return TABLES[name]
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -94,10 +124,10 @@ def check_config(table: Table, config: ml_collections.ConfigDict) -> None:
     for field, value in FULL.items():
         if table.rows() and flat[field] != value:
             raise UserError(f"{field}={flat[field]!r} is for all rows, but it is what the rows differ in; leave it out")
-    if table.number == 12 and not config.loss.lambda_global and not config.loss.lambda_local:
+    if table.name == "12" and not config.loss.lambda_global and not config.loss.lambda_local:
         raise UserError("loss.lambda_global and loss.lambda_local are 0 for all rows, so that both lines of table 12 "
                         "would be the same; leave one out")
-    if table.number == 5 and config.data.cuhk03_protocol != "single-shot":
+    if table.name == "5" and config.data.cuhk03_protocol != "single-shot":
         raise UserError(f"data.cuhk03_protocol={config.data.cuhk03_protocol!r}: table 5 is single-shot; leave it out")
 
 
@@ -109,6 +139,7 @@ class Run:
     seed: int
     folder: Path
     config: ml_collections.ConfigDict
+    trained_in: Path | None = None  # of the run that differs from this one in its evaluation alone
 
     def __str__(self) -> str:
         return f"{self.row} seed {self.seed}"
@@ -183,13 +214,21 @@ def _steps_done(folder: Path) -> int:
 
 
 def plan_runs(table: Table, config: ml_collections.ConfigDict, workdir: Path, seeds: list[int]) -> list[Run]:
-    """The runs behind the table, row by row. The full JLML's are those of every table that has it."""
+    """The runs behind the table, row by row; those that others are evaluated from come first.
+
+    A row that changes nothing is the full JLML, whose runs are those of every table that has it.
+    """
     runs = []
     for row in table.rows():
+        flat = flatten_dict(config.to_dict(), sep=".")
+        changed = {field for field, value in ROWS[row].items() if flat[field] != value}
+        name = row if changed else "jlml"
         for seed in seeds:
             of_run = config.copy_and_resolve_references()
             of_run.update_from_flattened_dict(ROWS[row])
-            of_run.name, of_run.seed = row, seed
-            of_run.init_from = of_run.init_from.replace("{row}", row)
-            runs.append(Run(row, seed, workdir / row / f"seed-{seed}", of_run))
-    return runs
+            of_run.name, of_run.seed = name, seed
+            of_run.init_from = of_run.init_from.replace("{row}", name)
+            folders = {row: workdir / row / f"seed-{seed}" for row in (name, "jlml")}
+            evaluated_only = changed and all(field.startswith("evaluate.") for field in changed)
+            runs.append(Run(row, seed, folders[name], of_run, folders["jlml"] if evaluated_only else None))
+    return sorted(runs, key=lambda run: run.trained_in is not None)

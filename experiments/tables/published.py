@@ -37,9 +37,9 @@ class PublishedTable:
     rows: dict[str, tuple[float | None, ...]]
 
 
-def load(number: int) -> PublishedTable:
-    """Table `number`, 5 to 13."""
-    table: dict[str, Any] = _PAPER["tables"][str(number)]
+def load(name: str) -> PublishedTable:
+    """The table of that number, 5 to 13."""
+    table: dict[str, Any] = _PAPER["tables"][name]
     return PublishedTable(table["title"], tuple(Column(**column) for column in table["columns"]),
                           {line: tuple(values) for line, values in table["rows"].items()})
 

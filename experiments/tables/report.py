@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.tables import published
 from experiments.tables.plan import Run, Table
-from experiments.tables.published import OUR_SCORE, Column
+from experiments.tables.published import OUR_SCORE, Column, PublishedTable
 from jlml_jax.evaluate import SCORES
 
 MULTI_QUERY = "multi-query"
@@ -80,7 +80,7 @@ class Report:
 
     def __init__(self, table: Table, dataset: str, rows: dict[str, Outcome]):
         self.table, self.dataset, self.rows = table, dataset, rows
-        self.published = published.load(table.number)
+        self.published = _of_study(table) if table.title else published.load(table.name)
         of_dataset = [k for k, column in enumerate(self.published.columns) if column.dataset == dataset]
         self.comparable = bool(of_dataset)  # the paper's figures are of this data set: a difference means something
         self.columns = of_dataset or [k for k, column in enumerate(self.published.columns)
@@ -120,13 +120,16 @@ class Report:
     def markdown(self, figures: Sequence[str] = ()) -> str:
         """To be put into a page under a heading of the second level; `figures` are names of files beside it."""
         paper = "paper" if self.comparable else "paper, Market-1501"
-        header, kinds = ["line"], (paper, "ours", "difference") if self.comparable else (paper, "ours")
+        kinds = (paper, "ours", "difference") if self.comparable else ("ours",) if self.table.title else (paper, "ours")
+        header = ["line"]
         columns = [self.published.columns[k] for k in self.columns]
-        header += [f"{self.heading(column)}, {kind}" for column in columns for kind in kinds]
+        header += [self.heading(column) + (f", {kind}" if len(kinds) > 1 else "") for column in columns
+                   for kind in kinds]
         body = [[line, *(text for k, column in zip(self.columns, columns, strict=True)
                          for text in self._texts(line, values[k], column))]
                 for line, values in self.published.rows.items()]
-        parts = [f"### Table {self.table.number}: {self.published.title} ({self.dataset})",
+        name = f"Table {self.table.name}: " if not self.table.title else ""
+        parts = [f"### {name}{self.published.title} ({self.dataset})",
                  f"Per cent; {self.spread()}. {self._caption()}", markdown_table(header, body)]
         if missing := [f"- {row}: {outcome.missing}" for row, outcome in self.rows.items() if outcome.missing]:
             parts.append("Without a result:\n\n" + "\n".join(missing))
@@ -146,7 +149,7 @@ class Report:
         text = ours.text() if ours else ""
         if line in self.table.ours and (missing := self.rows[self.table.ours[line][0]].missing):
             text = "failed" if "failed: " in missing else "unfinished"
-        texts = ["-" if value is None else f"{value:.1f}", text]
+        texts = [text] if self.table.title else ["-" if value is None else f"{value:.1f}", text]
         if self.comparable:
             texts.append("" if ours is None or value is None else f"{ours.mean - value:+.1f}")
         return texts
@@ -196,7 +199,7 @@ class Report:
         writer = csv.DictWriter(out, _CSV_FIELDS, restval="", lineterminator="\n")
         writer.writeheader()
         for line, values in self.published.rows.items():
-            about = {"table": self.table.number, "dataset": self.dataset, "line": line}
+            about = {"table": self.table.name, "dataset": self.dataset, "line": line}
             if line in self.table.ours:
                 about["state"] = self.rows[self.table.ours[line][0]].missing or "finished"
             shown = set()
@@ -206,7 +209,8 @@ class Report:
                 shown.add((score, multi_query))
                 ours = self.figure(line, score, multi_query)
                 record = about | {"query": _query(multi_query), "score": score, "unit": column.unit,
-                                  "paper": values[k], "citation": published.citation(line)} | _digits(ours)
+                                  "paper": values[k], "citation": "" if self.table.title else published.citation(line)}
+                record |= _digits(ours)
                 if ours and self.comparable and values[k] is not None:
                     record["difference"] = f"{ours.mean - values[k]:.4f}"
                 writer.writerow(record)
@@ -222,6 +226,12 @@ class Report:
         """JSON: the results and the provenance of every finished run."""
         return json.dumps([{"row": run.row, "seed": run.seed, "rows": run.results(), "provenance": run.provenance()}
                            for outcome in self.rows.values() if not outcome.missing for run in outcome.runs], indent=1)
+
+
+def _of_study(table: Table) -> PublishedTable:
+    """A table without a published figure."""
+    columns = tuple(Column(score, "per cent") for score in ("rank1", "rank10", "mean_ap"))
+    return PublishedTable(table.title, columns, dict.fromkeys(table.ours, (None,) * len(columns)))
 
 
 def _verdict(gain: Figure | None) -> str:

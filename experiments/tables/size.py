@@ -62,7 +62,7 @@ def trace(model: JLML, height: int, width: int) -> tuple[dict[str, Any], int]:
 
 def write(config: ml_collections.ConfigDict) -> tuple[str, str]:
     """Table 13 in Markdown and CSV; ours at the paper's image size and, if it is another, at the config's."""
-    table = published.load(13)
+    table = published.load("13")
     paper = dict(zip((column.score for column in table.columns), table.rows["JLML-ResNet39"], strict=True))
     sizes = list(dict.fromkeys([PAPER_SIZE, (config.data.height, config.data.width)]))
     ours = {f"ours, {height}x{width}": measure(config, height, width) for height, width in sizes}
