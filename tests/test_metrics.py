@@ -472,3 +472,27 @@ def test_l2_distances_accept_what_extractors_give():
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
         given = jnp.asarray(features, dtype)
         np.testing.assert_allclose(l2_distances(given, given)[0], [0, 8, 16])
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0])
+@pytest.mark.parametrize("ratio, refused", [(2.0**59.5, False), (2.0**60.5, True)])
+def test_a_row_beside_which_the_others_would_vanish_is_refused(size, ratio, refused):
+    """Its size is that of the largest value's distance from the centre, which the sample of the gallery sets."""
+    gallery = np.array([[-size], [size]] * 8)
+    query = np.array([[size * ratio]])
+    if refused:
+        with pytest.raises(UserError, match="query features: row 0 has values of"):
+            l2_distances(query, gallery)
+    else:
+        np.testing.assert_allclose(l2_distances(query, gallery), np.broadcast_to(query, (1, 16)), rtol=1e-5)
+
+
+def test_beside_equal_features_any_size_is_compared():
+    np.testing.assert_allclose(l2_distances(np.full((1, 2), 1e20), np.zeros((3, 2))), np.full((1, 3), 2**0.5 * 1e20),
+                               rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
+def test_what_is_no_matrix_is_refused(shape):
+    with pytest.raises(ValueError, match="query features must be 2-D"):
+        l2_distances(np.ones(shape), np.ones((2, 3)))
