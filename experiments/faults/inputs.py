@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PosixPath
 from unittest import mock
@@ -123,6 +124,7 @@ def overrides(folder: Path) -> Target:
     from jlml_jax.checkpoints import flatten
 
     rng, fields = random.Random(0), flatten(synthetic.get_config().to_dict())
+    alone = types.SimpleNamespace(initialize=lambda *_: None)
     values = ["0", "-1", "1e400", "nan", "True", "none", "", "(1,2)", "(", "[1]*9", "None", "'", "9" * 5000, "1,2",
               "\\"]
 
@@ -137,15 +139,16 @@ def overrides(folder: Path) -> Target:
             if rng.random() < 0.99:  # what absl then suggests takes many times longer than all else
                 stack.enter_context(mock.patch("absl.flags._helpers.get_flag_suggestions", lambda *_: []))
             stack.enter_context(mock.patch.object(  # the file need not be run each time
-                config_flags.config_flags, "_LoadConfigModule", lambda *_: mock.Mock(get_config=lambda: config)))
+                config_flags.config_flags, "_LoadConfigModule",
+                lambda *_: types.SimpleNamespace(get_config=lambda: config)))
             patches = {"_CONFIG": config_flags.DEFINE_config_file("config", None, "", flag_values=known)}
             for name, define in {"_WORKDIR": flags.DEFINE_string, "_COORDINATOR": flags.DEFINE_string,
                                  "_NUM_PROCESSES": flags.DEFINE_integer, "_PROCESS_ID": flags.DEFINE_integer,
                                  "_JOIN_TIMEOUT": flags.DEFINE_float}.items():
                 patches[name] = define(name[1:].lower(), None, "", flag_values=known)
             patches["_MODE"] = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "", flag_values=known)
-            patches["flags"] = mock.Mock(FLAGS=known, Error=flags.Error)
-            patches["parallel"] = mock.Mock()
+            patches["flags"] = types.SimpleNamespace(FLAGS=known, Error=flags.Error)
+            patches["parallel"] = alone
             patches["train_and_evaluate"] = lambda config, workdir, mode: config.to_json()
             stack.enter_context(mock.patch.multiple(main, **patches))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
