@@ -195,9 +195,8 @@ def load_run(workdir: str | Path) -> SavedRun:
         # Each of several processes reads for itself: one that cannot does not leave the others waiting for it.
         alone = ocp.options.MultiprocessingOptions(jax.process_index(), active_processes={jax.process_index()},
                                                    barrier_sync_key_prefix=f"process{jax.process_index()}")
-        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-                                  multiprocessing_options=alone)
-        tree = reader.metadata(path).item_metadata.tree
+        reader = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        tree = reader.metadata(path).tree
         wanted = {part: tree[part] for part in ("params", "batch_stats")}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         variables = reader.restore(path, args=ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -304,3 +305,9 @@ def test_a_run_goes_on_after_a_full_and_a_read_only_disk(tmp_path):
         assert kill.TRAINING.outcome(disk) == kill.TRAINING.outcome(tmp_path / "whole")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_loading_a_run_warns_of_nothing(tiny_run, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)  # Orbax's
+    load_run(tiny_run)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
