@@ -1,8 +1,8 @@
 """Mutation testing: python -m experiments.faults.mutants --module=losses [--json=FILE]
 
 Makes every mutant of a module that cosmic-ray knows (pip install cosmic-ray), one change each, or --count of them drawn
-at random, and runs the module's tests on it in a forked process; the files stay as they are. Prints the mutants that no
-test kills.
+at random, or with --again those alone that survived in an earlier --json, and runs the module's tests on it in a forked
+process; the files stay as they are. Prints the mutants that no test kills.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -69,11 +70,19 @@ def passes(module: str, code: str) -> bool:
     os._exit(int(status))
 
 
+def _describe(mutant: tuple[str, str], source: str) -> dict[str, Any]:
+    operator, code = mutant
+    diff = [line for line in difflib.unified_diff(source.splitlines(), code.splitlines(), n=0, lineterm="")
+            if not line.startswith(("---", "+++"))]
+    return {"operator": operator, "diff": diff}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m experiments.faults.mutants", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--module", choices=TESTS, required=True)
     parser.add_argument("--count", type=int, help="how many to try (default: all)")
+    parser.add_argument("--again", type=Path, help="figures of an earlier campaign, whose survivors are tried again")
     parser.add_argument("--json", type=Path, help="where to write the figures and the survivors")
     options = parser.parse_args()
     source = Path(f"jlml_jax/{options.module}.py").read_text()
@@ -81,13 +90,14 @@ def main() -> None:
         sys.exit("the tests fail without any mutation")
     found = mutants(source)
     tried = random.Random(0).sample(found, min(options.count or len(found), len(found)))
+    if options.again:
+        known = json.loads(options.again.read_text())["survivors"]
+        tried = [mutant for mutant in tried if _describe(mutant, source) in known]
     survivors, started = [], time.monotonic()
-    for number, (operator, code) in enumerate(tried, 1):
-        if passes(options.module, code):
-            diff = [line for line in difflib.unified_diff(source.splitlines(), code.splitlines(), n=0, lineterm="")
-                    if not line.startswith(("---", "+++"))]
-            survivors.append({"operator": operator, "diff": diff})
-            print(f"survived, number {number}: {operator}", *diff, sep="\n  ", flush=True)
+    for number, mutant in enumerate(tried, 1):
+        if passes(options.module, mutant[1]):
+            survivors.append(survivor := _describe(mutant, source))
+            print(f"survived, number {number}: {survivor['operator']}", *survivor["diff"], sep="\n  ", flush=True)
     result = {"module": options.module, "mutants": len(found), "tried": len(tried),
               "killed": len(tried) - len(survivors), "seconds": round(time.monotonic() - started),
               "survivors": survivors}
