@@ -47,7 +47,7 @@ def _command() -> None:
         extra = flags.FLAGS([sys.argv[0], *arguments])[1:]
         config = _CONFIG.value
         workdir = _WORKDIR.value or f"runs/{config.name}"
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError,
             RecursionError) as error:  # RecursionError: absl looks for a flag like one of thousands of letters
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
     if extra:

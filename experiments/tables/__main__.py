@@ -79,7 +79,7 @@ def _command(argv: list[str]) -> None:
         rest = options(argv, known_only=True)
         table = find_table(options.table, options.dataset)
         config = _parse_config(rest, options.dataset)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError) as error:
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
     check_config(table, config)
     seeds = parse_seeds(options.seeds)
