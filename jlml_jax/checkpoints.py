@@ -242,13 +242,18 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of a config by their dotted paths, as JSON has them; fields that came after it have their defaults."""
+    return flatten(json.loads(default.get_config().to_json())) | flatten(config)
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{key} ({old.get(key)!r} there, {new.get(key)!r} here)" for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)]
 
 
 def _refuse_difference(workdir: Path, old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> None:
-    old, new = ({key: value for key, value in flatten(config).items() if not key.startswith(free)}
+    old, new = ({key: value for key, value in with_defaults(config).items() if not key.startswith(free)}
                 for config in (old, new))
     if differing := _differences(old, new):
         raise UserError(f"{workdir} holds a run with another config: {', '.join(differing)}; "

@@ -47,6 +47,7 @@ def _command() -> None:
         extra = flags.FLAGS([sys.argv[0], *arguments])[1:]
         config = _CONFIG.value
         workdir = _WORKDIR.value or f"runs/{config.name}"
+        config.to_json()  # which a run's folder needs: a tuple may hold anything that Python writes, such as 1j
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError,
             RecursionError) as error:  # RecursionError: absl looks for a flag like one of thousands of letters
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error

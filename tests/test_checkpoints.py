@@ -250,6 +250,17 @@ def test_what_describes_a_run_is_not_guessed_when_it_is_damaged(run, tiny_config
             claim_workdir(run, tiny_config, LABELS)
 
 
+def test_a_run_made_before_a_field_existed_goes_on_with_its_default(run, tiny_config):
+    config = json.loads((run / "config.json").read_text())
+    del config["augment"]["color_jitter"], config["data"]["held_out_identities"]
+    (run / "config.json").write_text(json.dumps(config))
+    tiny_config.augment.color_jitter = 0.5
+    with pytest.raises(UserError, match=r"another config: augment.color_jitter \(0.0 there, 0.5 here\)"):
+        claim_workdir(run, tiny_config, LABELS)
+    tiny_config.augment.color_jitter = 0.0
+    claim_workdir(run, tiny_config, LABELS).close()
+
+
 def test_the_folder_of_several_trials_may_be_used_by_several_runs(tiny_config, tmp_path):
     with claim_workdir(tmp_path, tiny_config), claim_workdir(tmp_path, tiny_config):
         assert not (tmp_path / "lock").exists()

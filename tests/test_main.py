@@ -26,6 +26,7 @@ def run_main(*arguments, folder, **environment):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--config.train.stps=3"], 'Did you mean "steps" instead of "stps"?'),
     (["--config.data.width[0]=3"], "does not support integer indexing"),
+    (["--config.data.mean=(1j,)"], "complex"),
     (["--config.train.steps=many"], "invalid literal for int() with base 10: 'many'"),
     (["--confg=configs/default.py"], "Unknown command line flag 'confg'. Did you mean: config"),
     (["--config=configs/nothing.py"], "configs/nothing.py"),

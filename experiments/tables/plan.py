@@ -13,7 +13,7 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 
 from jlml_jax import datasets
-from jlml_jax.checkpoints import FREE_FIELDS
+from jlml_jax.checkpoints import FREE_FIELDS, with_defaults
 from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError
 from jlml_jax.evaluate import NORMALIZE
@@ -174,7 +174,7 @@ class Run:
         return ""
 
     def _differing(self, made: dict[str, Any]) -> list[str]:
-        old, new = (flatten_dict(fields, sep=".") for fields in (made, json.loads(self.config.to_json())))
+        old, new = (with_defaults(fields) for fields in (made, json.loads(self.config.to_json())))
         several = any(self.folder.glob("trial-*"))
         return [f"{field} ({old.get(field)!r} there, {new.get(field)!r} here)" for field in sorted(old | new)
                 if old.get(field) != new.get(field)
