@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -56,8 +55,7 @@ class Extractor:
 
     def __init__(self, run: SavedRun, mesh: Mesh):
         config = run.config
-        if config.compilation_cache:
-            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+        parallel.keep_programs(config.compilation_cache)
         model = build_model(config, num_identities=0)
         params = {name: leaf for name, leaf in run.variables["params"].items() if not is_identity_layer(name)}
         variables = {"params": params, "batch_stats": run.variables["batch_stats"]}

@@ -32,6 +32,12 @@ HEARTBEAT_TIMEOUT = 30  # seconds after which a process that is not heard of is 
 LEAVING_TIMEOUT = 10  # seconds that a process which leaves with an error waits for the others to leave too
 
 
+def keep_programs(folder: str) -> None:
+    """Keeps XLA's compiled programs in `folder`, a `config.compilation_cache`, for processes to come; empty: does not."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+
+
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float) -> None:
     """Joins this process to the others of the job, before any device is touched; from then on only the first prints.
 

@@ -19,7 +19,6 @@ from typing import Any
 # XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import jax
 import jinja2
 import numpy as np
 from PIL import Image
@@ -75,8 +74,7 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
     config = run.config
     if data_dir is not None:
         config.data.data_dir = data_dir
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+    parallel.keep_programs(config.compilation_cache)
     results, history = _read_results(run.workdir), _read_history(run.workdir)
     protocol = protocols.load(config.data.name, config.data)
     trial, = protocols.add_distractors([protocol.trial(protocol.numbers(config.data.trials)[0])],

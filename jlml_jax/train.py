@@ -119,8 +119,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     source = provenance.collect()
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown; known are {', '.join(MODES)}")
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+    parallel.keep_programs(config.compilation_cache)
     refuse_address("--workdir", workdir)
     workdir = Path(workdir)
     mesh = parallel.make_mesh()

@@ -33,6 +33,7 @@ import configs
 from experiments.tables import figures, size, timing
 from experiments.tables.plan import ROWS, TABLES, Run, check_config, find_table, parse_seeds, plan_runs
 from experiments.tables.report import Report, outcomes
+from jlml_jax import parallel
 from jlml_jax.checkpoints import write_atomically
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.train import RESULTS, train_and_evaluate
@@ -82,6 +83,7 @@ def _command(argv: list[str]) -> None:
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError) as error:
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
     check_config(table, config)
+    parallel.keep_programs(config.compilation_cache)
     seeds = parse_seeds(options.seeds)
     if options.only is not None and options.only not in table.rows():
         known = f"its rows are {', '.join(table.rows())}" if table.rows() else "it has nothing to train"
