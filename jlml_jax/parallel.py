@@ -33,7 +33,7 @@ LEAVING_TIMEOUT = 10  # seconds that a process which leaves with an error waits 
 
 
 def keep_programs(folder: str) -> None:
-    """Keeps XLA's compiled programs in `folder`, a `config.compilation_cache`, for processes to come; empty: does not."""
+    """Keeps the programs that XLA compiles in `folder`, a `config.compilation_cache`, for later processes; empty: none."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
 
