@@ -33,7 +33,7 @@ LEAVING_TIMEOUT = 10  # seconds that a process which leaves with an error waits 
 
 
 def keep_programs(folder: str) -> None:
-    """Keeps the programs that XLA compiles in `folder`, a `config.compilation_cache`, for later processes; empty: none."""
+    """Keeps the programs that XLA compiles in `folder`, a config's `compilation_cache`, for later processes."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
 
