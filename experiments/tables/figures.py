@@ -207,7 +207,6 @@ def _feature_scales(rows: dict[str, Sequence[Run]], folder: Path, stem: str) -> 
             axis.bar(np.arange(len(rows)) + offset, values, 1 / (len(fields) + 1), label=field.partition("_")[0])
         axis.set_xticks(np.arange(len(rows)), rows, fontsize="small", rotation=20)
         axis.set(ylabel=label)
-    axes[0][0].set_yscale("log")
     axes[0][0].legend(fontsize="small")
     return _save(figure, folder / f"{stem}.png")
 
