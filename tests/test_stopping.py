@@ -43,13 +43,19 @@ sys.exit(exit_status({"works": works, "cleans up": cleans_up, "trains": trains}[
 """
 
 
+def heed_sigint():
+    """What runs the tests in the background may have it ignored, which children inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start():
     running = []
 
     def start(*arguments):
         process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+                                   stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                                   preexec_fn=heed_sigint)
         running.append(process)
         assert process.stdout.readline() == "ready\n"
         return process

@@ -21,6 +21,7 @@ from jlml_jax.train import train_and_evaluate
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_several_steps_in_one_dispatch_are_the_same_steps(smooth_config, tmp_path):
     smooth_config.train.steps, smooth_config.log_every, smooth_config.checkpoint_every = 4, 2, 4
     for most in (1, 2):
@@ -109,6 +110,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(long_config, tmp_path):
     assert_same_run(long_config, tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_after_damage_a_run_ends_at_the_same_bits(tiny_config, tmp_path, capsys):
     train_and_evaluate(tiny_config, tmp_path / "a", "train")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
