@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +10,9 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-_MATMUL_SIZE = {"cpu": 2_048}  # elsewhere _LARGE_MATMUL
-_LARGE_MATMUL, _COPIED_BYTES, _REPEATS = 8_192, 256 << 20, 10
+from experiments.bench.timing import time_in_turn
+
+_COPIED_BYTES, _REPEATS = 256 << 20, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +56,14 @@ def _work(equation: Any) -> Work:
 
 def device_rates(dtype: str) -> dict[str, float]:
     """Measured: operations a second of a large matrix product in `dtype`, bytes read and written a second of a copy."""
-    size = _MATMUL_SIZE.get(jax.default_backend(), _LARGE_MATMUL)
+    size = 2_048 if jax.default_backend() == "cpu" else 8_192
     matrix = jnp.ones((size, size), dtype)
     array = jnp.zeros(_COPIED_BYTES // 4, jnp.float32)
-    return {"flops_per_second": 2 * size**3 / _best_seconds(jax.jit(jnp.dot), matrix, matrix),
-            "bytes_per_second": 2 * array.nbytes / _best_seconds(jax.jit(lambda x: x + 1), array)}
-
-
-def _best_seconds(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
-    function(*arguments).block_until_ready()
-    seconds = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        function(*arguments).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    multiply, copy = jax.jit(jnp.dot), jax.jit(lambda x: x + 1)
+    seconds = time_in_turn({"multiply": lambda: multiply(matrix, matrix).block_until_ready(),
+                            "copy": lambda: copy(array).block_until_ready()}, _REPEATS)
+    return {"flops_per_second": 2 * size**3 / min(seconds["multiply"]),
+            "bytes_per_second": 2 * array.nbytes / min(seconds["copy"])}
 
 
 def floor_of(work: list[Work], dtype: str, measured_seconds: float) -> dict[str, Any]:
