@@ -1,5 +1,6 @@
 """Signals to a command, in processes of their own."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -43,9 +44,14 @@ sys.exit(exit_status({"works": works, "cleans up": cleans_up, "trains": trains}[
 """
 
 
-def heed_sigint():
-    """What runs the tests in the background may have it ignored, which children inherit."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@contextlib.contextmanager
+def sigint_heeded():
+    """What runs the tests in the background may have it ignored, which children would inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -53,9 +59,9 @@ def start():
     running = []
 
     def start(*arguments):
-        process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                                   preexec_fn=heed_sigint)
+        with sigint_heeded():
+            process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         running.append(process)
         assert process.stdout.readline() == "ready\n"
         return process

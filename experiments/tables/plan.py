@@ -165,7 +165,7 @@ class Run:
             return f"{self.folder} was made by another config: {first_few(differing)}"
         total = self.config.train.steps
         for folder in self.trials():
-            if (steps := _steps_done(folder)) < total:
+            if (steps := steps_done(folder)) < total:
                 name = f"{folder.name} is at " if folder != self.folder else ""
                 return f"unfinished: {name}step {steps} of {total}"
         # A run's folder gets its config at the start of every call, and its results at the end, after all trials'.
@@ -209,7 +209,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _steps_done(folder: Path) -> int:
+def steps_done(folder: Path) -> int:
+    """The last step that the run's folder has a checkpoint of; 0: none."""
     return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=0)
 
 

@@ -1,0 +1,185 @@
+"""The runs on real images, a table a benchmark: python -m experiments.accuracy [RUN ...]
+
+Takes what each run's folder says of it (results, config, speed, provenance; how far it came, if it did not end) into
+experiments/results/accuracy/RUN.json, without the paths of this machine, and writes experiments/results/accuracy.md
+from all that lie there. Without RUN the page alone is written again.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.tables import published
+from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done
+from experiments.tables.report import markdown_table
+from jlml_jax.checkpoints import with_defaults, write_atomically
+from jlml_jax.errors import UserError, exit_status
+from jlml_jax.evaluate import RERANKED, SCORES, TITLES
+from jlml_jax.train import RESULTS
+
+FOLDER = Path(__file__).parent / "results" / "accuracy"
+PAGE = FOLDER.with_suffix(".md")
+
+# Fields that no recipe consists of: who runs it, where, how its progress is told, and what has a column of its own.
+_NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.data_dir", "data.trials", "data.loader", "log_every",
+               "checkpoint_every", "keep_checkpoints", "profile", "compilation_cache", "evaluate.datasets",
+               "evaluate.picture", "evaluate.baselines", "evaluate.batch_size", "evaluate.reranking",
+               "evaluate.multi_query", "evaluate.extra_gallery", "data.held_out_identities", "data.height", "data.width",
+               "train.steps", "train.batch_size")
+_SHOWN = tuple(score for score in SCORES if score != "mean_inp")
+
+
+def make_record(folder: Path) -> dict[str, Any]:
+    """What is kept of the run in `folder`, as JSON."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no run's folder: config.json: {error}; give the --workdir of a run") from error
+    fields = with_defaults(config)
+    defaults = with_defaults({})
+    parts = sorted(folder.glob("trial-*")) or [folder]
+    lines = [line for part in parts for line in read_metrics(part)]
+    steps = [steps_done(part) for part in parts]
+    total = fields["train.steps"]
+    results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).exists() else None
+    finished = results is not None and min(steps) >= total
+    return {
+        "run": folder.name,
+        "state": "finished" if finished else f"stopped: {sum(done >= total for done in steps)} of {len(parts)} trials "
+                 f"finished, the others at step {min(steps)} of {total}",
+        "dataset": fields["data.name"], "seed": fields["seed"], "init_from": Path(fields["init_from"]).name,
+        "held_out_identities": fields["data.held_out_identities"],
+        "recipe": {name: value for name, value in fields.items()
+                   if name not in _NOT_RECIPE and value != defaults.get(name)},
+        "steps": total, "batch_size": fields["train.batch_size"],
+        "size": [fields["data.height"], fields["data.width"]],
+        "images_per_second": _median(line["images_per_second"] for line in lines),
+        "training_seconds": round(_training_seconds(parts, fields["train.batch_size"])),
+        "last_metrics": {name: value for name, value in lines[-1].items()
+                         if name not in ("images_per_second", "seconds")} if lines else {},
+        "rows": results["rows"] if finished else [],
+        "provenance": _without_paths(results["provenance"]) if finished else {},
+    }
+
+
+def _median(values: Iterable[float]) -> float | None:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else None
+
+
+def _training_seconds(parts: Sequence[Path], batch_size: int) -> float:
+    """Of all steps, by the rates they were logged with, whatever number of starts they took."""
+    seconds = 0.0
+    for part in parts:
+        done = 0
+        for line in read_metrics(part):
+            seconds += (line["step"] - done) * batch_size / line["images_per_second"]
+            done = line["step"]
+    return seconds
+
+
+def _without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The provenance with a command that says what was done, not where on this machine."""
+    words = [re.sub(r"^(--config\.init_from=).*/", r"\1runs/", word) for word in shlex.split(provenance["command"])
+             if not re.match(r"--(workdir|config\.data\.data_dir|config\.compilation_cache)=", word)]
+    return provenance | {"command": shlex.join(words)}
+
+
+def page(records: Sequence[dict[str, Any]]) -> str:
+    """The page, in Markdown."""
+    parts = ["# Accuracy on real images",
+             "Made by `python -m experiments.accuracy`; all digits, trials and provenance are in `accuracy/`. Per cent; "
+             "± is the sample standard deviation over trials. mAP trap. is the area by trapezoids, as Market-1501's "
+             "own code has it, to be set beside the paper's. The reading is in [README.md](README.md)."]
+    tables: dict[tuple[str, bool], list[list[str]]] = {}
+    for record in records:
+        for row in _means(record["rows"]):
+            key = row["dataset"], bool(record["held_out_identities"])
+            tables.setdefault(key, []).append(_line(record, row))
+    for (dataset, held_out), lines in sorted(tables.items(), key=lambda item: (item[0][1], item[0][0])):
+        title = f"## {dataset}" + (", people held out of the training set" if held_out else "")
+        header = ["run", "trained on", "protocol", "feature", *(TITLES[score] for score in _SHOWN), "re-ranked R1",
+                  "re-ranked mAP"]
+        used = [k for k in range(len(header)) if k < 4 or any(line[k] for line in lines)]
+        parts += [title, *([paper] if not held_out and (paper := _paper(dataset)) else []),
+                  markdown_table([header[k] for k in used], [[line[k] for k in used] for line in lines])]
+    parts += ["## Runs", "Recipe: what differs from `configs/default.py`, which has the paper's values.",
+              markdown_table(["run", "data", "starts from", "steps x batch", "input", "seed", "images/s",
+                              "minutes of training", "hardware", "commit", "state"], list(map(_run, records))),
+              "### Recipes and commands", *map(_recipe, records)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The re-identification rows, of several trials' the means alone."""
+    averaged = {(row["dataset"], row["protocol"]) for row in rows if row["trial"] == "mean"}
+    return [row for row in rows if "rank1" in row and (
+        row["trial"] == "mean" or (row["dataset"], row["protocol"]) not in averaged)]
+
+
+def _line(record: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    def cell(score: str) -> str:
+        if score not in row:
+            return ""
+        deviation = f" ± {100 * row[f'{score}_std']:.1f}" if f"{score}_std" in row else ""
+        return f"{100 * row[score]:.1f}{deviation}"
+
+    protocol = row["protocol"] + (f", {len(row['trials'])} trials" if row["trial"] == "mean" else "")
+    return [record["run"], row.get("trained_on", record["dataset"]), protocol, row["feature"], *map(cell, _SHOWN),
+            cell(f"{RERANKED}rank1"), cell(f"{RERANKED}mean_ap")]
+
+
+def _paper(dataset: str) -> str:
+    """The paper's own line of the table that compares methods on the data set."""
+    for name, names in BENCHMARKS.items():
+        if dataset in names:
+            table = published.load(name)
+            figures = [f"{column.heading} {value:.1f}" for column, value in
+                       zip(table.columns, table.rows["JLML"], strict=True)
+                       if column.dataset == dataset and value is not None]
+            return f"The paper's Table {name}, pre-trained on ImageNet at 224x224: {', '.join(figures)}."
+    return ""
+
+
+def _run(record: dict[str, Any]) -> list[str]:
+    provenance, rate = record["provenance"], record["images_per_second"]
+    hardware = provenance.get("hardware", {})
+    return [record["run"], record["dataset"], record["init_from"] or "random weights",
+            f"{record['steps']} x {record['batch_size']}", "x".join(map(str, record["size"])), str(record["seed"]),
+            f"{rate:.0f}" if rate else "", f"{record['training_seconds'] / 60:.0f}",
+            f"{hardware['devices']} {hardware['device_kind']}, {hardware['cpus']} core(s)" if hardware else "",
+            (provenance.get("commit") or "")[:7], record["state"]]
+
+
+def _recipe(record: dict[str, Any]) -> str:
+    recipe = ", ".join(f"{name} {value}" for name, value in record["recipe"].items()) or "as published"
+    command = record["provenance"].get("command")
+    return f"**{record['run']}**: {recipe}" + (f"\n\n```\n{command}\n```" if command else "")
+
+
+def _command(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.accuracy", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="*", type=Path, help="the folder of a run")
+    records = list(map(make_record, parser.parse_args(argv).run))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        write_atomically(FOLDER / f"{record['run']}.json", json.dumps(record, indent=1) + "\n")
+    kept = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    if not kept:
+        raise UserError(f"{FOLDER} has no run; give the folder of one")
+    write_atomically(PAGE, page(kept))
+    print(f"{len(kept)} runs in {PAGE}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: _command(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The page of the runs on real images."""
+
+import json
+
+import pytest
+
+from configs import default
+from experiments import accuracy
+from jlml_jax.evaluate import SCORES
+
+LINES = [{"step": 100, "loss": 6.0, "images_per_second": 32.0, "seconds": 100.0},
+         {"step": 150, "loss": 5.0, "images_per_second": 16.0, "seconds": 200.0}]
+
+
+def _row(trial=0, feature="joint", value=0.5, **more):
+    return {"dataset": "market1501", "protocol": "single-query", "trial": trial, "feature": feature,
+            "normalize": "none"} | dict.fromkeys(SCORES, value) | more
+
+
+def _run(folder, rows=None, steps=150, **fields):
+    config = default.get_config()
+    config.data.name, config.train.steps = "market1501", 150
+    config.update_from_flattened_dict(fields)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.to_json())
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (folder / "checkpoints" / str(steps)).mkdir(parents=True)
+    if rows is not None:
+        (folder / "results.json").write_text(json.dumps({"rows": rows, "provenance": {
+            "command": f"python -m jlml_jax.main --config=configs/market1501.py --workdir={folder} "
+                       f"--config.data.data_dir={folder.parent} --config.init_from={folder.parent}/imagenet "
+                       "--config.train.steps=150",
+            "commit": "0123456789ab", "hardware": {"devices": 1, "device_kind": "cpu", "cpus": 2}}}))
+    return folder
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "FOLDER", tmp_path / "results" / "accuracy")
+    monkeypatch.setattr(accuracy, "PAGE", tmp_path / "results" / "accuracy.md")
+    return tmp_path / "results"
+
+
+def test_a_run_becomes_a_record_without_this_machines_paths_and_a_line_beside_the_papers(tmp_path, kept):
+    folder = _run(tmp_path / "secret" / "modern", [_row(value=0.4567), _row(feature="global", value=0.25)],
+                  **{"optim.schedule": "cosine", "seed": 3})
+    assert accuracy.main([str(folder)]) == 0
+    text = (kept / "accuracy" / "modern.json").read_text()
+    record = json.loads(text)
+    assert "secret" not in text
+    assert record["provenance"]["command"] == (
+        "python -m jlml_jax.main --config=configs/market1501.py --config.init_from=runs/imagenet "
+        "--config.train.steps=150")
+    assert record["recipe"] == {"optim.schedule": "cosine"}
+    assert record["training_seconds"] == 100 * 32 / 32 + 50 * 32 / 16
+    page = (kept / "accuracy.md").read_text()
+    assert "| modern | market1501 | single-query | joint | 45.7 |" in page
+    assert "85.1" in page and "65.5" in page  # the paper's, Table 6
+    assert "| 3 |" in page and "0123456" in page
+
+
+def test_a_run_that_did_not_end_is_on_the_page_without_figures(tmp_path, kept):
+    assert accuracy.main([str(_run(tmp_path / "broken", steps=100))]) == 0
+    page = (kept / "accuracy.md").read_text()
+    assert "at step 100 of 150" in page
+    assert "## market1501" not in page
+    assert json.loads((kept / "accuracy" / "broken.json").read_text())["last_metrics"] == {"step": 150, "loss": 5.0}
+
+
+def test_of_several_trials_the_mean_is_shown_with_its_deviation(tmp_path, kept):
+    deviations = {f"{score}_std": 0.02 for score in SCORES}
+    rows = [_row(0), _row(1, value=0.7), _row("mean", value=0.6, trials=[0, 1], **deviations)]
+    assert accuracy.main([str(_run(tmp_path / "trials", rows))]) == 0
+    page = (kept / "accuracy.md").read_text()
+    assert "single-query, 2 trials | joint | 60.0 ± 2.0" in page
+    assert "70.0" not in page
+
+
+def test_other_data_and_people_held_out_are_told_apart(tmp_path, kept):
+    crossed = [_row(), _row(trained_on="market1501") | {"dataset": "viper"}]
+    folders = [_run(tmp_path / "crossed", crossed), _run(tmp_path / "chosen", [_row()],
+                                                         **{"data.held_out_identities": 100})]
+    assert accuracy.main(list(map(str, folders))) == 0
+    page = (kept / "accuracy.md").read_text()
+    viper = page[page.index("## viper"):page.index("## Runs")]
+    assert "| crossed | market1501 |" in viper
+    assert "## market1501, people held out of the training set" in page
+    assert page.index("## viper") < page.index("held out")
+
+
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, kept, capsys):
+    assert accuracy.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error and error.count("\n") == 1
+    assert not (kept / "accuracy.md").exists()
