@@ -29,8 +29,8 @@ PAGE = FOLDER.with_suffix(".md")
 _NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.data_dir", "data.trials", "data.loader", "log_every",
                "checkpoint_every", "keep_checkpoints", "profile", "compilation_cache", "evaluate.datasets",
                "evaluate.picture", "evaluate.baselines", "evaluate.batch_size", "evaluate.reranking",
-               "evaluate.multi_query", "evaluate.extra_gallery", "data.held_out_identities", "data.height", "data.width",
-               "train.steps", "train.batch_size")
+               "evaluate.multi_query", "evaluate.extra_gallery", "data.held_out_identities", "data.height",
+               "data.width", "train.steps", "train.batch_size")
 _SHOWN = tuple(score for score in SCORES if score != "mean_inp")
 
 
@@ -93,9 +93,9 @@ def _without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
 def page(records: Sequence[dict[str, Any]]) -> str:
     """The page, in Markdown."""
     parts = ["# Accuracy on real images",
-             "Made by `python -m experiments.accuracy`; all digits, trials and provenance are in `accuracy/`. Per cent; "
-             "± is the sample standard deviation over trials. mAP trap. is the area by trapezoids, as Market-1501's "
-             "own code has it, to be set beside the paper's. The reading is in [README.md](README.md)."]
+             "Made by `python -m experiments.accuracy`; all digits, trials and provenance are in `accuracy/`. "
+             "Per cent; ± is the sample standard deviation over trials. mAP trap. is the area by trapezoids, as "
+             "Market-1501's own code has it, to be set beside the paper's. The reading is in [README.md](README.md)."]
     tables: dict[tuple[str, bool], list[list[str]]] = {}
     for record in records:
         for row in _means(record["rows"]):
