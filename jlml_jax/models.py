@@ -19,6 +19,8 @@ BRANCHES = ("global", "local")
 _IDENTITY = "_identity"
 
 
+# Units of one shape are traced and lowered once, of 60 every fourth; XLA inlines the calls.
+@functools.partial(nn.jit, static_argnums=(2,))
 class ResidualUnit(nn.Module):
     """Bottleneck [1x1, 3x3, 1x1] with a shortcut (He et al. 2016); BN after every conv, ReLU after the sum.
 
@@ -46,7 +48,7 @@ class Tower(nn.Module):
     """conv2_x to conv5_x and the average pool: [B, H, W, C] -> [B, 2 * widths[-1]], float32.
 
     Each stage is `depth` residual units of `widths[k]` inner and twice as many outer features; every stage but the
-    first halves height and width.
+    first halves height and width. What each stage gives is sown into `intermediates`.
     """
 
     widths: Sequence[int]
@@ -61,6 +63,7 @@ class Tower(nn.Module):
                 stride = 2 if stage > 0 and unit == 0 else 1
                 x = ResidualUnit((width, 2 * width), stride, self.conv, self.norm,
                                  name=f"conv{stage + 2}_{unit + 1}")(x, train)
+            self.sow("intermediates", f"conv{stage + 2}", x)
         return x.astype(jnp.float32).mean((1, 2))
 
 

@@ -17,7 +17,7 @@ from jlml_jax.augment import normalise
 from jlml_jax.datasets.base import JUNK
 from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError
-from jlml_jax.models import JLML, ResidualUnit
+from jlml_jax.models import JLML
 from jlml_jax.protocols import Trial
 
 _CROP, _FRAME, _GAP = (64, 128), 4, 6  # pixels: width and height of a crop, its frame, the space around it
@@ -78,13 +78,10 @@ def make_activation_maps(model: JLML, data: ml_collections.ConfigDict
     towers = {branch: towers[branch] for branch in model.active_branches()}
 
     def energies(variables, images):
-        _, state = model.apply(
-            variables, normalise(images, data), train=False, mutable=["intermediates"],
-            capture_intermediates=lambda module, _: (isinstance(module, ResidualUnit)
-                                                     and module.name.endswith(f"_{model.depth}")))
+        _, state = model.apply(variables, normalise(images, data), train=False, mutable=["intermediates"])
         captured = state["intermediates"]
-        return {branch: {unit: jnp.stack([_energy(captured[tower][unit]["__call__"][0]) for tower in names], 1)
-                         for unit in captured[names[0]]} for branch, names in towers.items()}
+        return {branch: {f"{stage}_{model.depth}": jnp.stack([_energy(captured[tower][stage][0]) for tower in names], 1)
+                         for stage in captured[names[0]]} for branch, names in towers.items()}
 
     images = jax.ShapeDtypeStruct((1, data.height, data.width, 3), jnp.uint8)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(images.shape)))

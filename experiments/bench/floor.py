@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -28,18 +28,22 @@ def count_work(function: Callable[..., Any], *arguments: Any) -> list[Work]:
 
     All else is taken to be fused into these, and to cost nothing: what it would be at best.
     """
-    return [_work(equation) for equation in _equations(jax.make_jaxpr(function)(*arguments).jaxpr)]
+    return [_work(equation) for equation in equations(jax.make_jaxpr(function)(*arguments).jaxpr, _COUNTED)]
 
 
-def _equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[Any]:
+_COUNTED = ("conv_general_dilated", "dot_general")
+
+
+def equations(jaxpr: jax.extend.core.Jaxpr, primitives: Collection[str]) -> Iterator[Any]:
+    """Those of the primitives, by name; the ones of a function as often as it is called."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+        if equation.primitive.name in primitives:
             yield equation
         for parameter in equation.params.values():
             for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
                 inner = getattr(inner, "jaxpr", inner)  # of a closed one
                 if hasattr(inner, "eqns"):
-                    yield from _equations(inner)
+                    yield from equations(inner, primitives)
 
 
 def _work(equation: Any) -> Work:

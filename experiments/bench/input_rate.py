@@ -1,7 +1,7 @@
 """The host's part of the input: JPEG crops to batches ready for the network, against a PyTorch DataLoader.
 
 Both decode, resize from 128x64 to the input size, flip, crop with padding and normalise, on the same cores. Ours
-augments and normalises on the device, here a CPU.
+does all but the decoding on the device, here a CPU, as in training.
 """
 
 import collections
@@ -41,6 +41,7 @@ def bench_input(height: int, width: int, batch_size: int, repeats: int) -> dict:
     encoded = crops()
     numbers = np.arange(len(encoded))
     split = Split("made up", encoded, numbers, numbers, numbers.astype(str))
+    size = split.training_size(height, width)
     batches = len(encoded) // batch_size
 
     @jax.jit
@@ -50,7 +51,7 @@ def bench_input(height: int, width: int, batch_size: int, repeats: int) -> dict:
     def ours():
         order = np.random.default_rng(0).permutation(len(encoded))
         indices = (order[batch * batch_size:(batch + 1) * batch_size] for batch in range(batches))
-        for number, images in enumerate(input_pipeline.decode_batches(split, indices, height, width)):
+        for number, images in enumerate(input_pipeline.decode_batches(split, indices, *size)):
             batch = prepare(jax.random.key(number), images)
         jax.block_until_ready(batch)
 
