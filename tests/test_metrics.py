@@ -475,7 +475,7 @@ def test_l2_distances_accept_what_extractors_give():
 
 
 @pytest.mark.parametrize("size", [1e-12, 1.0])
-@pytest.mark.parametrize("ratio, refused", [(2.0**59.5, False), (2.0**60.5, True)])
+@pytest.mark.parametrize("ratio, refused", [(2.0**59.5, False), (2.0**60, False), (2.0**60.5, True)])
 def test_a_row_beside_which_the_others_would_vanish_is_refused(size, ratio, refused):
     """Its size is that of the largest value's distance from the centre, which the sample of the gallery sets."""
     gallery = np.array([[-size], [size]] * 8)
