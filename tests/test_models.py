@@ -297,3 +297,14 @@ def test_initial_values_are_a_function_of_seed_and_place():
     first, second = params["local_tower_0"]["conv2_1"], params["local_tower_1"]["conv2_1"]
     assert not np.array_equal(first["conv1"]["kernel"], second["conv1"]["kernel"])
     assert not np.array_equal(params["global_identity"]["kernel"], params["local_identity"]["kernel"][:6])
+
+
+def test_units_of_one_shape_are_traced_once():
+    model = JLML(5, **TINY | {"depth": 3})
+    images = jnp.zeros((2, 32, 16, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    traced = jax.make_jaxpr(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(variables, images)
+    units = [call.params["jaxpr"] for call in traced.eqns if call.params.get("name") == "core_fn"]
+    towers, stages = 1 + model.num_strips, len(model.global_widths)
+    assert len(units) == towers * stages * model.depth
+    assert len({id(unit) for unit in units}) == 2 * stages * 2  # a stage's first and its others, global and local

@@ -44,6 +44,16 @@ def test_four_devices_compute_what_one_does(smooth_config):
     assert max(moved) > 1e-3  # or the comparison would say nothing
 
 
+def test_the_norm_is_that_of_all_leaves():
+    rng = np.random.default_rng(0)
+    leaves = [rng.standard_normal(shape, np.float32) for shape in [(), (3,), (2, 5), (1, 1, 4)] * 50]
+    assert len(leaves) > 2 * train_step._LEAVES_AT_ONCE
+    expected = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in leaves))
+    np.testing.assert_allclose(train_step._norm({"a": leaves[:7], "b": leaves[7:]}), expected, rtol=1e-6)
+    leaves[-1][0, 0, 2] = np.nan
+    assert np.isnan(train_step._norm(leaves))
+
+
 def test_the_step_runs_under_pmap_to_the_same_numbers(smooth_config):
     parts = Parts(smooth_config, 4)
     step = functools.partial(train_step.train_step, model=parts.model, optimizer=parts.optimizer, config=smooth_config)
