@@ -410,8 +410,9 @@ def test_refuses_shapes_and_labels_that_do_not_fit():
         metrics.rank_metrics(np.ones((2, 3)), [1, -2], *good[1:])
     with pytest.raises(ValueError, match="2-D"):
         metrics.rank_metrics(np.ones(3), *good)
-    with pytest.raises(ValueError, match="agree in D"):
-        metrics.evaluate_ranking(np.ones((2, 4)), np.ones((3, 5)), *good)
+    for dims in ((4, 5), (5, 4), (0, 0)):
+        with pytest.raises(ValueError, match="agree in D"):
+            metrics.evaluate_ranking(np.ones((2, dims[0])), np.ones((3, dims[1])), *good)
     for option in ({"max_rank": 0}, {"single_gallery_shot": True, "repeats": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             metrics.rank_metrics(np.ones((2, 3)), *good, **option)
@@ -453,6 +454,20 @@ def test_l2_distances_agree_with_float64(name, query, gallery):
     np.testing.assert_allclose(distances, expected, rtol=5e-6)  # two so exact cannot change order if 1e-5 apart
     for row in range(3):
         assert distances[row, -3 + row] == 0
+
+
+@pytest.mark.parametrize("block", [1, 5, 7, 20])
+def test_l2_distances_do_not_depend_on_the_blocks(monkeypatch, block):
+    rng = np.random.default_rng(0)
+    query, gallery = rng.normal(size=(4, 6)), rng.normal(size=(20, 6))
+    expected = l2_distances(query, gallery)
+    monkeypatch.setattr(distances, "BLOCK", block)
+    np.testing.assert_allclose(l2_distances(query, gallery), expected, rtol=1e-6)
+
+
+def test_rows_that_cannot_be_read_are_no_rows():
+    with pytest.raises(TypeError, match="__getitem__"):
+        type("Unread", (distances.LazyRows,), {})()
 
 
 def test_centring_leaves_little_to_sum_anew(monkeypatch):
