@@ -174,6 +174,7 @@ def test_a_gallery_may_be_read_lazily_and_is_never_read_whole(monkeypatch):
     assert result.mean_ap == expected.mean_ap
     assert lazy.most < 2048  # the sample that the centre is found from
     np.testing.assert_array_equal(np.asarray(lazy), gallery)
+    assert (np.asarray(lazy).dtype, np.asarray(lazy, np.float64).dtype) == (np.float32, np.float64)
     gallery[3210, 3] = np.nan
     with pytest.raises(UserError, match="gallery features: row 3210 "):
         metrics.evaluate_ranking(query, lazy, *labels)
@@ -500,6 +501,12 @@ def test_a_row_beside_which_the_others_would_vanish_is_refused(size, ratio, refu
             l2_distances(query, gallery)
     else:
         np.testing.assert_allclose(l2_distances(query, gallery), np.broadcast_to(query, (1, 16)), rtol=1e-5)
+
+
+def test_what_vanishes_is_judged_by_distances_from_the_centre_not_from_the_origin():
+    gallery = 2.0**30 + np.array([[-1.0], [1.0]] * 8)
+    with pytest.raises(UserError, match="query features: row 0 has values of"):
+        l2_distances(np.array([[2.0**61]]), gallery)
 
 
 def test_beside_equal_features_any_size_is_compared():
