@@ -1,7 +1,8 @@
 """Market-1501, the modern recipe; the other benchmarks by --config.data.name=viper|grid|cuhk03/detected.
 
-What gives the best accuracy that we know of with JLML's network and losses: experiments/results/accuracy.md has the
-runs that it is chosen by. Whatever is not set here is as the paper has it.
+JLML's network and losses, trained from random weights with what has become usual since. No ingredient has been judged
+by a run of its own yet, nor has any run had all these steps: experiments/results/accuracy.md has what there is.
+Whatever is not set here is as the paper has it.
 """
 
 from configs import default

@@ -9,8 +9,9 @@ import argparse
 import json
 import re
 import shlex
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done
 from experiments.tables.report import markdown_table
 from jlml_jax.checkpoints import with_defaults, write_atomically
 from jlml_jax.errors import UserError, exit_status
-from jlml_jax.evaluate import RERANKED, SCORES, TITLES
+from jlml_jax.evaluate import RERANKED, SCORES, TITLES, format_score
 from jlml_jax.train import RESULTS
 
 FOLDER = Path(__file__).parent / "results" / "accuracy"
@@ -31,7 +32,7 @@ _NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.data_dir", "data.
                "evaluate.picture", "evaluate.baselines", "evaluate.batch_size", "evaluate.reranking",
                "evaluate.multi_query", "evaluate.extra_gallery", "data.held_out_identities", "data.height",
                "data.width", "train.steps", "train.batch_size")
-_SHOWN = tuple(score for score in SCORES if score != "mean_inp")
+_SHOWN = (*(score for score in SCORES if score != "mean_inp"), f"{RERANKED}rank1", f"{RERANKED}mean_ap")
 
 
 def make_record(folder: Path) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def make_record(folder: Path) -> dict[str, Any]:
     defaults = with_defaults({})
     parts = sorted(folder.glob("trial-*")) or [folder]
     lines = [line for part in parts for line in read_metrics(part)]
+    rates = [line["images_per_second"] for line in lines]
     steps = [steps_done(part) for part in parts]
     total = fields["train.steps"]
     results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).exists() else None
@@ -58,18 +60,13 @@ def make_record(folder: Path) -> dict[str, Any]:
                    if name not in _NOT_RECIPE and value != defaults.get(name)},
         "steps": total, "batch_size": fields["train.batch_size"],
         "size": [fields["data.height"], fields["data.width"]],
-        "images_per_second": _median(line["images_per_second"] for line in lines),
+        "images_per_second": statistics.median_high(rates) if rates else None,
         "training_seconds": round(_training_seconds(parts, fields["train.batch_size"])),
         "last_metrics": {name: value for name, value in lines[-1].items()
                          if name not in ("images_per_second", "seconds")} if lines else {},
         "rows": results["rows"] if finished else [],
         "provenance": _without_paths(results["provenance"]) if finished else {},
     }
-
-
-def _median(values: Iterable[float]) -> float | None:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else None
 
 
 def _training_seconds(parts: Sequence[Path], batch_size: int) -> float:
@@ -103,8 +100,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
             tables.setdefault(key, []).append(_line(record, row))
     for (dataset, held_out), lines in sorted(tables.items(), key=lambda item: (item[0][1], item[0][0])):
         title = f"## {dataset}" + (", people held out of the training set" if held_out else "")
-        header = ["run", "trained on", "protocol", "feature", *(TITLES[score] for score in _SHOWN), "re-ranked R1",
-                  "re-ranked mAP"]
+        header = ["run", "trained on", "protocol", "feature", *(TITLES[score] for score in _SHOWN)]
         used = [k for k in range(len(header)) if k < 4 or any(line[k] for line in lines)]
         parts += [title, *([paper] if not held_out and (paper := _paper(dataset)) else []),
                   markdown_table([header[k] for k in used], [[line[k] for k in used] for line in lines])]
@@ -123,15 +119,9 @@ def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _line(record: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    def cell(score: str) -> str:
-        if score not in row:
-            return ""
-        deviation = f" ± {100 * row[f'{score}_std']:.1f}" if f"{score}_std" in row else ""
-        return f"{100 * row[score]:.1f}{deviation}"
-
     protocol = row["protocol"] + (f", {len(row['trials'])} trials" if row["trial"] == "mean" else "")
-    return [record["run"], row.get("trained_on", record["dataset"]), protocol, row["feature"], *map(cell, _SHOWN),
-            cell(f"{RERANKED}rank1"), cell(f"{RERANKED}mean_ap")]
+    return [record["run"], row.get("trained_on", record["dataset"]), protocol, row["feature"],
+            *(format_score(row, score) if score in row else "" for score in _SHOWN)]
 
 
 def _paper(dataset: str) -> str:

@@ -337,6 +337,12 @@ def mean_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return means
 
 
+def format_score(row: dict[str, Any], score: str) -> str:
+    """A row's score in per cent, with its standard deviation if it is a mean."""
+    deviation = f" ± {100 * row[f'{score}_std']:.1f}" if f"{score}_std" in row else ""
+    return f"{100 * row[score]:.1f}{deviation}"
+
+
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as tables in per cent, one for each data set and protocol: of the mean of its trials if there is one."""
     tables = {}
@@ -359,12 +365,8 @@ def _format_table(rows: Sequence[dict[str, Any]]) -> str:
     if "incomplete" in first:
         title += f"\nan incomplete or degraded copy of the data: {first['incomplete']}"
 
-    def cell(row: dict[str, Any], column: str) -> str:
-        deviation = f" ± {100 * row[f'{column}_std']:.1f}" if f"{column}_std" in row else ""
-        return f"{100 * row[column]:.1f}{deviation}"
-
     width = 14 if first["trial"] == "mean" else 10
     lines = [title, f"{'feature':<20}" + "".join(f"{TITLES[column]:>{width}}" for column in columns)]
-    lines += [f"{row['feature']:<20}" + "".join(f"{cell(row, column):>{width}}" for column in columns)
+    lines += [f"{row['feature']:<20}" + "".join(f"{format_score(row, column):>{width}}" for column in columns)
               for row in rows]
     return "\n".join(lines)
