@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import market1501, synthetic
+from configs import market1501, modern, synthetic
 from experiments.tables import __main__ as command
 from experiments.tables import figures, plan, published, size, timing
 from experiments.tables.report import Outcome, Report, outcomes
@@ -429,7 +429,7 @@ def test_a_study_of_an_evaluation_needs_the_trained_run(tmp_path, arguments, no_
 def test_rows_of_studies_that_change_nothing_are_the_full_run():
     config = synthetic.get_config()  # BN on the feature, 4 strips, 5e-4, per_branch
     for name, same in (("feature", "feature_fc_bn"), ("strips", "strips_4"), ("penalties", "penalties_0.0005"),
-                       ("normalize", "normalize_per_branch")):
+                       ("normalize", "normalize_per_branch"), ("size", "size_64x32")):
         runs = plan.plan_runs(plan.TABLES[name], config, Path("tables"), [1])
         assert [run.row for run in runs if run.folder == Path("tables/jlml/seed-1")] == [same]
         for one in runs:
@@ -437,6 +437,37 @@ def test_rows_of_studies_that_change_nothing_are_the_full_run():
                 assert one.config[field.partition(".")[0]][field.partition(".")[2]] == value
         assert all((one.trained_in is not None) == (name == "normalize" and one.row != same) for one in runs)
         assert name != "normalize" or runs[0].row == same
+
+
+def test_the_recipe_is_changed_one_ingredient_at_a_time():
+    config = modern.get_config()
+    given = flatten_dict(config.to_dict(), sep=".")
+    runs = plan.plan_runs(plan.TABLES["recipe"], config, Path("tables"), [0])
+    assert [run.row for run in runs if run.folder == Path("tables/jlml/seed-0")] == ["jlml"]  # no line repeats it
+    for one in runs[1:]:
+        changed = {field: value for field, value in flatten_dict(one.config.to_dict(), sep=".").items()
+                   if value != given[field] and field != "name"}
+        assert len(changed) == 1 and changed.items() <= plan.ROWS[one.row].items()
+    assert [run.row for run in runs if run.trained_in] == ["flip_average_off"]
+
+
+def test_a_run_evaluated_otherwise_is_evaluated_again(tmp_path):
+    config = modern.get_config()
+    one = plan.plan_runs(plan.TABLES["9"], config, tmp_path, [0])[0]
+    write_run(one, {0: 0.5}, normalize="per_branch")
+    assert one.missing() == ""
+    one.config.evaluate.flip_average = False
+    assert "made by another config: evaluate.flip_average" in one.missing()
+
+
+def test_people_held_out_are_not_set_beside_the_papers_test(tmp_path):
+    config = market1501.get_config()
+    config.data.held_out_identities = 500
+    report = report_of(tmp_path, "6", config, [0], [{0: 0.5}])
+    assert report.tested_on == "market1501, 500 training identities held out" and not report.comparable
+    column = report.published.columns[0]
+    assert report._texts("JLML", 85.1, column) == ["85.1", "50.0"] and report.heading(column) == "R1"
+    assert [report.published.columns[k].protocol for k in report.columns] == ["single-query"] * 2
 
 
 # --- Table 13

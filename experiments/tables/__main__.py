@@ -1,6 +1,7 @@
 """The paper's tables with our figures beside them: python -m experiments.tables --table=N --dataset=NAME
 
-N is 5 to 13, or what the paper is silent about: normalize, feature (BN and ReLU on it), strips, penalties.
+N is 5 to 13, or what the paper is silent about: normalize, feature (BN and ReLU on it), strips, penalties, size (of the
+input), recipe (its ingredients, one at a time).
 
 Trains what is missing, reuses what is there, and writes into WORKDIR/DATASET table_N.md, .csv and _runs.json (the
 results and the provenance of every run), and figures. A row's run lies in WORKDIR/DATASET/ROW/seed-S, for all tables
@@ -9,6 +10,8 @@ that have the row.
 Examples:
   python -m experiments.tables --table=9 --dataset=synthetic_pedestrians --seeds=0,1,2
   python -m experiments.tables --table=12 --dataset=market1501 --config.init_from=runs/imagenet --dry_run
+  python -m experiments.tables --table=recipe --dataset=market1501 --config=configs/modern.py \\
+      --config.data.held_out_identities=500
   python -m experiments.tables --table=10 --dataset=market1501 --only=uni_loss --seeds=1      one run, for a cluster
 
 The config of all rows is configs/DATASET.py with all trials of the protocol, or --config=FILE; --config.k=v changes a

@@ -20,7 +20,20 @@ from jlml_jax.evaluate import NORMALIZE
 from jlml_jax.train import RESULTS
 
 _STRIPS, _PENALTIES = (1, 2, 4, 8), (5e-6, 5e-5, 5e-4, 5e-3)
+_SIZES = ((64, 32), (96, 48), (128, 64), (160, 64), (256, 128), (224, 224))
 FEATURES = ("global", "local", "joint")
+# What the study of a recipe sets, one at a time, by the name of the row's folder: its line, and the fields.
+_INGREDIENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "schedule_step": ("schedule in steps", {"optim.schedule": "step"}),
+    "warmup_0": ("no warm-up", {"optim.warmup_steps": 0}),
+    "weight_decay_0": ("no weight decay", {"optim.weight_decay": 0.0}),
+    "label_smoothing_0": ("no label smoothing", {"loss.label_smoothing": 0.0}),
+    "feature_fc": ("no BN on the feature", {"model.feature_norm": False, "model.feature_relu": False}),
+    "crop_0": ("no crops", {"augment.crop_padding": 0}),
+    "erasing_0.5": ("half of the crops erased", {"augment.erasing_probability": 0.5}),
+    "color_0.2": ("colour jitter of 0.2", {"augment.color_jitter": 0.2}),
+    "flip_average_off": ("no flip-averaging", {"evaluate.flip_average": False}),
+}
 
 # What the rows are trained with, by the name of the row's folder: a delta over the config of all rows.
 ROWS: dict[str, dict[str, Any]] = {
@@ -28,8 +41,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "uni_loss": {"model.loss": "uni"},
     "separate_stems": {"model.shared_stem": False},
     "without_sfl": {"loss.lambda_global": 0.0, "loss.lambda_local": 0.0},
+    **{row: fields for row, (_, fields) in _INGREDIENTS.items()},
+    **{f"size_{height}x{width}": {"data.height": height, "data.width": width} for height, width in _SIZES},
     **{f"normalize_{normalize}": {"evaluate.normalize": normalize} for normalize in NORMALIZE},
-    "feature_fc": {"model.feature_norm": False, "model.feature_relu": False},
     "feature_fc_bn": {"model.feature_norm": True, "model.feature_relu": False},
     "feature_fc_bn_relu": {"model.feature_norm": True, "model.feature_relu": True},
     **{f"strips_{strips}": {"model.num_strips": strips} for strips in _STRIPS},
@@ -92,6 +106,11 @@ TABLES = {table.name: table for table in (
     Table("penalties", {f"{weight:g}, {feature}": (f"penalties_{weight:g}", feature)
                         for weight in _PENALTIES for feature in FEATURES},
           title="Weight of both sparsity penalties"),
+    Table("recipe", {"as given": ("jlml", "joint")} | {line: (row, "joint")
+                                                       for row, (line, _) in _INGREDIENTS.items()},
+          title="The recipe as given, and with one of its ingredients set"),
+    Table("size", {f"{height}x{width}, {feature}": (f"size_{height}x{width}", feature)
+                   for height, width in _SIZES for feature in FEATURES}, title="Height and width of the input"),
 )}
 
 
@@ -200,7 +219,7 @@ class Run:
         }
 
 
-_SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.multi_query")
+_SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.flip_average", "evaluate.multi_query")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -82,8 +82,11 @@ class Report:
         self.table, self.dataset, self.rows = table, dataset, rows
         self.published = _of_study(table) if table.title else published.load(table.name)
         of_dataset = [k for k, column in enumerate(self.published.columns) if column.dataset == dataset]
-        self.comparable = bool(of_dataset)  # the paper's figures are of this data set: a difference means something
-        self.columns = of_dataset or [k for k, column in enumerate(self.published.columns)
+        held_out = {run.config.data.held_out_identities for outcome in rows.values() for run in outcome.runs} - {0}
+        self.tested_on = dataset + "".join(f", {number} training identities held out" for number in held_out)
+        # The paper's figures are of this data set's test: a difference means something.
+        self.comparable = bool(of_dataset) and not held_out
+        self.columns = of_dataset if self.comparable else [k for k, column in enumerate(self.published.columns)
                                       if column.protocol != MULTI_QUERY]
 
     def samples(self, line: str, multi_query: bool) -> dict[int, dict[str, float]]:
@@ -129,7 +132,7 @@ class Report:
                          for text in self._texts(line, values[k], column))]
                 for line, values in self.published.rows.items()]
         name = f"Table {self.table.name}: " if not self.table.title else ""
-        parts = [f"### {name}{self.published.title} ({self.dataset})",
+        parts = [f"### {name}{self.published.title} ({self.tested_on})",
                  f"Per cent; {self.spread()}. {self._caption()}", markdown_table(header, body)]
         if missing := [f"- {row}: {outcome.missing}" for row, outcome in self.rows.items() if outcome.missing]:
             parts.append("Without a result:\n\n" + "\n".join(missing))
