@@ -5,19 +5,24 @@ spots that the other form (`native=False`) goes around, with the same parameters
 
 - the gradient of `reduce_window` max is a select-and-scatter: a maximum over shifted slices is several times faster;
 - a 1x1 convolution is a matrix product over pixels, and strided it needs only the pixels that it keeps;
-- a 3x3 convolution whose map is smaller than its window misses the fast path and takes a loop twenty times slower;
+- a 3x3 convolution whose map is smaller than its window misses the fast path and takes a loop twenty times slower, and
+  one of an image's three channels runs at a tenth of the rate of others: a matrix product of patches;
+- the gradient by a 3x3 kernel is a convolution by windows as large as the map: one matrix product, see
+  `_convolve_3x3_backward`;
 - a gradient that is fused into the transposition before a matrix product is computed element by element.
 
 `experiments/results/cpu_train_step.md` has the measurements.
 """
 
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+_FEW_CHANNELS = 4  # at most so many input channels are convolved as patches
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # He et al. 2015: not truncated
 
 
@@ -38,13 +43,58 @@ class Conv(nn.Module):
         size, stride = self.kernel_size, self.stride
         kernel = self.param("kernel", he_normal, (size, size, x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if not self.native and (size == 1 or min(x.shape[1:3]) < size):
+        if not self.native and (size == 1 or min(x.shape[1:3]) < size or x.shape[-1] <= _FEW_CHANNELS):
             x = x[:, ::stride, ::stride] if size == 1 else _patches(x, size, stride)
             y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel.reshape(-1, self.features))
             return _unfused_gradient(y).reshape(*x.shape[:-1], self.features)
-        pad = (size - 1) // 2
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=_DIMENSIONS)
+        if not self.native and (size, stride) == (3, 1):
+            return _convolve_3x3(x, kernel)
+        return _convolve(x, kernel, stride)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    pad = (len(kernel) - 1) // 2
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=_DIMENSIONS)
+
+
+@jax.custom_vjp
+def _convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`_convolve` by 3x3 kernels, whose gradient is one matrix product."""
+    return _convolve(x, kernel)
+
+
+def _convolve_3x3_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The kernel's gradient at tap (i, j) is the sum of x[h + i - 1, w + j - 1] * gradient[h, w] over all pixels.
+
+    Three copies of `x`, shifted along the width, times three of the gradient, shifted along the height, are all nine
+    taps in one product, for six copies where patches take nine.
+    """
+    x, kernel = residuals
+    gradient = jax.lax.optimization_barrier(gradient)
+    (x_gradient,) = jax.linear_transpose(lambda x: _convolve(x, kernel), x)(gradient)
+    columns = _side_by_side([_shift(x, 2, j - 1) for j in range(3)])
+    rows = _side_by_side([_shift(gradient, 1, 1 - i) for i in range(3)])
+    product = jnp.einsum("bhwc,bhwf->cf", columns, rows)
+    taps = product.reshape(3, x.shape[-1], 3, gradient.shape[-1])  # j, input, i, output
+    return x_gradient, taps.transpose(2, 0, 1, 3)
+
+
+_convolve_3x3.defvjp(lambda x, kernel: (_convolve(x, kernel), (x, kernel)), _convolve_3x3_backward)
+
+
+def _shift(x: jax.Array, axis: int, places: int) -> jax.Array:
+    """y[i] = x[i + places] along the axis, and 0 where there is no such i."""
+    widths = [(0, 0, 0)] * x.ndim
+    widths[axis] = (-places, places, 0)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
+
+
+def _side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
+    """The parts, of equal shapes, concatenated in the channels: as a sum, which XLA's CPU backend vectorises."""
+    channels, zero = parts[0].shape[-1], jnp.zeros((), parts[0].dtype)
+    return sum(jax.lax.pad(part, zero, [(0, 0, 0)] * (part.ndim - 1)
+                           + [(k * channels, (len(parts) - 1 - k) * channels, 0)]) for k, part in enumerate(parts))
 
 
 @jax.custom_vjp
@@ -60,8 +110,7 @@ def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
     """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), size * size * C], the window's taps in HWIO order."""
     pad, (height, width) = (size - 1) // 2, x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return jnp.concatenate([x[:, i:i + height:stride, j:j + width:stride]
-                            for i in range(size) for j in range(size)], axis=-1)
+    return _side_by_side([x[:, i:i + height:stride, j:j + width:stride] for i in range(size) for j in range(size)])
 
 
 class BatchNorm(nn.Module):

@@ -53,6 +53,7 @@ def _command() -> None:
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}; see --help")
+    parallel.keep_memory()
     parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value)
     train_and_evaluate(config, workdir, _MODE.value)
 

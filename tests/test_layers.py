@@ -35,7 +35,7 @@ def convolve(x, kernel, stride):
 
 
 @functools.cache
-def convolutions(kernel_size, stride, native):
+def convolutions(kernel_size, stride, channels, native):
     """Values and gradients (to input and kernel) on maps of all `SIZES`, compiled at once."""
     layer = Conv(4, kernel_size, stride, native=native)
 
@@ -49,27 +49,27 @@ def convolutions(kernel_size, stride, native):
     def both(xs, kernel):
         return values(xs, kernel), jax.grad(weighted, argnums=(0, 1))(xs, kernel)
 
-    xs = [normal(2, height, width, 3) for height, width in SIZES]
-    return xs, normal(kernel_size, kernel_size, 3, 4, seed=2), both
+    xs = [normal(2, height, width, channels) for height, width in SIZES]
+    return xs, normal(kernel_size, kernel_size, channels, 4, seed=2), both
 
 
-CONVOLUTIONS = [(1, 1), (1, 2), (3, 1), (3, 2)]
+CONVOLUTIONS = [(1, 1, 3), (1, 2, 3), (3, 1, 3), (3, 1, 6), (3, 2, 3), (3, 2, 6)]  # few input channels, and more
 
 
-@pytest.mark.parametrize("kernel_size, stride", CONVOLUTIONS)
-def test_both_forms_of_convolution_agree(kernel_size, stride):
+@pytest.mark.parametrize("kernel_size, stride, channels", CONVOLUTIONS)
+def test_both_forms_of_convolution_agree(kernel_size, stride, channels):
     results = []
     for native in (True, False):
-        xs, kernel, both = convolutions(kernel_size, stride, native)
+        xs, kernel, both = convolutions(kernel_size, stride, channels, native)
         results.append(both(xs, kernel))
     for expected, actual in zip(*map(jax.tree.leaves, results), strict=True):
         assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("kernel_size, stride", CONVOLUTIONS)
-def test_convolution_against_numpy(kernel_size, stride, native):
-    xs, kernel, both = convolutions(kernel_size, stride, native)
+@pytest.mark.parametrize("kernel_size, stride, channels", CONVOLUTIONS)
+def test_convolution_against_numpy(kernel_size, stride, channels, native):
+    xs, kernel, both = convolutions(kernel_size, stride, channels, native)
     values, (x_gradients, kernel_gradient) = both(xs, kernel)
     expected_kernel_gradient = np.zeros(kernel.shape)
     for x, value, x_gradient in zip(xs, values, x_gradients, strict=True):
@@ -80,7 +80,7 @@ def test_convolution_against_numpy(kernel_size, stride, native):
         np.testing.assert_allclose((x_gradient * x).sum(), (weights * convolve(x, kernel, stride)).sum(),
                                    rtol=1e-3, atol=1e-3)
         for tap in np.ndindex(kernel.shape[:2]):
-            for c in range(3):
+            for c in range(channels):
                 unit = np.zeros(kernel.shape)
                 unit[(*tap, c)] = 1
                 expected_kernel_gradient[(*tap, c)] += (weights * convolve(x, unit, stride)).sum((0, 1, 2))
@@ -98,8 +98,8 @@ def test_padding_is_symmetric_where_same_padding_would_not_be():
 @pytest.mark.parametrize("native", [True, False])
 def test_convolution_computes_in_the_type_asked(native):
     layer = Conv(4, 3, native=native, dtype=jnp.bfloat16)
-    for size in ((8, 8), (2, 2)):
-        y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((1, *size, 3)))
+    for shape in ((8, 8, 3), (8, 8, 6), (2, 2, 6)):
+        y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((1, *shape)))
         assert variables["params"]["kernel"].dtype == jnp.float32 and y.dtype == jnp.bfloat16
 
 

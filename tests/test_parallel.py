@@ -1,3 +1,8 @@
+import ctypes
+import importlib.util
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -61,3 +66,31 @@ def test_a_part_of_a_batch_holds_the_same_rows_on_any_number_of_devices(parts):
         assert by_device.shape == (devices, 16 // devices)
         of_parts = by_device.reshape(devices, parts, -1).swapaxes(0, 1).reshape(parts, -1)
         np.testing.assert_array_equal(of_parts, batch.reshape(parts, -1))
+
+
+# In a process of its own, as it is the process's allocator that changes. 64 MiB are 16,384 pages.
+_PAGE_FAULTS = """
+import resource
+from jlml_jax import parallel
+keep and parallel.keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"),
+                    reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    again = {keep: int(subprocess.run([sys.executable, "-c", f"keep = {keep}" + _PAGE_FAULTS], check=True,
+                                      capture_output=True, text=True).stdout) for keep in (False, True)}
+    assert again[True] < 100 < 10_000 < again[False]
+
+
+def test_beside_an_accelerator_the_allocator_is_left_alone(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("the C library was asked"))
+    parallel.keep_memory()

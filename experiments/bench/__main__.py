@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from jlml_jax import provenance
+from jlml_jax import parallel, provenance
 from jlml_jax.errors import UserError, exit_status
 
 # The function of experiments/bench that measures it, and the options that it takes.
@@ -36,6 +36,7 @@ def _command() -> None:
     parser.add_argument("--queries", type=int, default=3_368, help="of galleries")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    parallel.keep_memory()  # as `python -m jlml_jax.main` does; PyTorch keeps its own
     path, names = BENCHMARKS[options.benchmark]
     module, function = path.split(".")
     try:

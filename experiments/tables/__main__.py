@@ -86,6 +86,7 @@ def _command(argv: list[str]) -> None:
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError) as error:
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
     check_config(table, config)
+    parallel.keep_memory()
     parallel.keep_programs(config.compilation_cache)
     seeds = parse_seeds(options.seeds)
     if options.only is not None and options.only not in table.rows():
