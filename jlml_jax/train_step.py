@@ -42,8 +42,10 @@ def init_state(config: ml_collections.ConfigDict, model: nn.Module, optimizer: o
     if initial:
         taken = {name: layer for name, layer in initial.variables["params"].items() if not is_identity_layer(name)}
         variables = {"params": variables["params"] | taken, "batch_stats": initial.variables["batch_stats"]}
-    state = TrainState(np.zeros((), np.int32), variables["params"], variables["batch_stats"],
-                       optimizer.init(variables["params"]))
+    # SGD's momentum starts from zeros, and optax would place them one by one: seconds of every start.
+    opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+                             jax.eval_shape(optimizer.init, variables["params"]))
+    state = TrainState(np.zeros((), np.int32), variables["params"], variables["batch_stats"], opt_state)
     return parallel.replicate(state, mesh)
 
 

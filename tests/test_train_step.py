@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from runs import assert_close_trees
 
+from configs import market1501
 from jlml_jax import device_data, models, optim, parallel, protocols, sampling, train, train_step
 from jlml_jax.device_data import place
 
@@ -42,6 +43,27 @@ def test_four_devices_compute_what_one_does(smooth_config):
     moved = [np.abs(b - a).max() for a, b in zip(
         jax.tree.leaves(Parts(smooth_config, 1).state.params), jax.tree.leaves(four.params), strict=True)]
     assert max(moved) > 1e-3  # or the comparison would say nothing
+
+
+def test_the_optimizer_starts_as_optax_has_it(smooth_config):
+    smooth_config.optim.weight_decay = 5e-4
+    parts = Parts(smooth_config, 4)
+    expected = parts.optimizer.init(jax.device_get(parts.state.params))
+    assert jax.tree.structure(parts.state.opt_state) == jax.tree.structure(expected)
+    for actual, leaf in zip(jax.tree.leaves(parts.state.opt_state), jax.tree.leaves(expected), strict=True):
+        assert actual.dtype == leaf.dtype
+        np.testing.assert_array_equal(actual, leaf)
+
+
+def test_the_network_is_printed_with_its_operations(capsys):
+    config = market1501.get_config()
+    model = models.build_model(config, 751)
+    train.print_model(model, config)
+    printed = capsys.readouterr().out
+    number = sum(leaf.size for leaf in jax.tree.leaves(models.init_variables(model, 0, 224, 224)))
+    assert "global_tower" in printed and f"Total Parameters: {number:,} " in printed
+    operations = float(printed.split(" floating-point operations an image of 224x224")[0].split()[-1])
+    assert operations == pytest.approx(1.49e9, rel=0.02)  # as `python -m experiments.tables --table=13` counts
 
 
 def test_the_norm_is_that_of_all_leaves():
