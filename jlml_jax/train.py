@@ -109,6 +109,16 @@ class _Run:
     initial: SavedRun | None  # the run whose weights to start from, unless this one has a checkpoint
     label_map: dict[str, Any]
     source: dict[str, Any]  # provenance so far
+    # `make_train_step` and `evaluate.make_forward`, each with a cache that all trials of a command share: they differ
+    # in their images, and what is compiled for one serves the others.
+    make_step: Callable
+    make_forward: Callable
+
+    def compiled_with(self) -> ml_collections.FrozenConfigDict:
+        """The config, to be compiled with: the same for all trials, and hashable."""
+        config = self.config.copy_and_resolve_references()
+        config.data.trials = ""
+        return ml_collections.FrozenConfigDict(config)
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
@@ -149,6 +159,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     others = parallel.first_then_others(lambda: [
         add_distractors(protocols.tests(name, config.data)) for name in config.evaluate.datasets.split(",") if name])
 
+    check = functools.partial(
+        _check_run, others=others, mesh=mesh, mode=mode, source=source,
+        optimizer=optim.make_optimizer(config.optim, config.train.steps),
+        make_step=functools.cache(make_train_step), make_forward=functools.cache(evaluate.make_forward))
+
     def check_runs():
         runs = []
         numbers = protocol.numbers(config.data.trials)
@@ -156,7 +171,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
             of_trial = config.copy_and_resolve_references()
             of_trial.data.trials = str(number)
             folder = workdir / f"trial-{number:02d}" if protocol.num_trials > 1 else workdir
-            runs.append(_check_run(of_trial, folder, trial, others, mesh, mode, source))
+            runs.append(check(of_trial, folder, trial))
         return runs
 
     runs = parallel.together(check_runs)
@@ -175,8 +190,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     return rows
 
 
-def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, others: list[list[Trial]], mesh: Mesh,
-               mode: str, source: dict[str, Any]) -> _Run:
+def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *, others: list[list[Trial]],
+               mesh: Mesh, mode: str, **of_command: Any) -> _Run:
     """All that can be wrong is told before the first step of the first trial, and before anything is written."""
     begun = has_checkpoint(workdir)
     if mode == "evaluate" and not begun:
@@ -189,7 +204,6 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, o
     config.data.loader = choose_loader(config, trial.train, mesh)
     sampling.steps_per_epoch(len(trial.train), config.train.batch_size)  # refuses too large a batch
     model = build_model(config, len(trial.identities()))
-    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     initial = load_run(config.init_from) if config.init_from and not begun else None
     if initial:
         refuse_other_network(initial, config)
@@ -197,7 +211,7 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, o
     label_map = protocols.label_map(trial, parent)
     for test in [trial, *(test for tests in others for test in tests)]:
         protocols.refuse_trained_on(test, label_map)
-    return _Run(asked, config, workdir, trial, others, mesh, model, optimizer, initial, label_map, source)
+    return _Run(asked, config, workdir, trial, others, mesh, model, initial=initial, label_map=label_map, **of_command)
 
 
 def _claim(workdir: Path, *run: Any) -> contextlib.ExitStack:
@@ -256,7 +270,7 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
         print(f"resuming after step {first_step}", flush=True)
     from_device_data = config.data.loader == "device"
     at_once = steps_per_dispatch(config, first_step)
-    step = make_train_step(config, run.model, run.optimizer, run.mesh, from_device_data, at_once)
+    step = run.make_step(run.compiled_with(), run.model, run.optimizer, run.mesh, from_device_data, at_once)
     batches, seed = _batches(run, first_step), parallel.replicate(np.uint32(config.seed), run.mesh)
     schedule = optim.learning_rate_schedule(config.optim, last_step)
     log = TrainingLog(workdir, first_step, last_step, config.train.batch_size, progress["interval"],
@@ -339,7 +353,7 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
     config, trial = run.config, run.trial
     trained = {"params": state.params, "batch_stats": state.batch_stats}
 
-    forward = evaluate.make_forward(run.model, config, run.mesh)
+    forward = run.make_forward(run.model, run.compiled_with(), run.mesh)
 
     def extract(variables: Any, forward: evaluate.Forward = forward) -> Callable[[Split], evaluate.Features]:
         return functools.partial(evaluate.extract_features, forward, variables, data=config.data,
@@ -347,7 +361,7 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
 
     rows = []
     if trial.validation is not None:
-        logits = evaluate.make_forward(run.model, config, run.mesh, "logits")
+        logits = run.make_forward(run.model, run.compiled_with(), run.mesh, "logits")
         rows += evaluate.evaluate_validation(trial, extract(trained, logits)(trial.validation))
     if trial.query is not None:
         features = evaluate.FeatureCache(extract(trained))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from market1501_miniature import write_market1501
 from miniatures import write_cuhk03, write_grid, write_viper
+from runs import lines_of
 from tiny_imagenet_miniature import write_tiny_imagenet
 
 from jlml_jax import datasets, models, optim, parallel, protocols, train_step
@@ -170,6 +171,16 @@ def test_trials_are_added_and_resumed_one_by_one(link, tmp_path, capsys):
         train_and_evaluate(config, tmp_path / "run")
     with pytest.raises(UserError, match="holds several trials; give one of them"):
         load_run(tmp_path / "run")
+
+
+def test_what_is_compiled_for_one_trial_serves_the_others(link, tmp_path, monkeypatch):
+    traced, step = [], train_step.train_step
+    monkeypatch.setattr(train_step, "train_step", lambda *args, **named: traced.append(args) or step(*args, **named))
+    together = train_and_evaluate(link("viper", **{"data.trials": "0-1"}), tmp_path / "together")
+    assert len(traced) == 1
+    alone = train_and_evaluate(link("viper", **{"data.trials": "1"}), tmp_path / "alone")
+    assert [row for row in together if row["trial"] == 1] == alone
+    assert lines_of(tmp_path / "together" / "trial-01") == lines_of(tmp_path / "alone" / "trial-01")
 
 
 def test_a_run_is_evaluated_on_other_data_sets(link, runs, pretrained):
