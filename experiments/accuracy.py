@@ -7,8 +7,6 @@ from all that lie there. Without RUN the page alone is written again.
 
 import argparse
 import json
-import re
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.tables import published
-from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done
+from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done, without_paths
 from experiments.tables.report import markdown_table
 from jlml_jax.checkpoints import with_defaults, write_atomically
 from jlml_jax.errors import UserError, exit_status
@@ -65,7 +63,7 @@ def make_record(folder: Path) -> dict[str, Any]:
         "last_metrics": {name: value for name, value in lines[-1].items()
                          if name not in ("images_per_second", "seconds")} if lines else {},
         "rows": results["rows"] if finished else [],
-        "provenance": _without_paths(results["provenance"]) if finished else {},
+        "provenance": without_paths(results["provenance"]) if finished else {},
     }
 
 
@@ -78,13 +76,6 @@ def _training_seconds(parts: Sequence[Path], batch_size: int) -> float:
             seconds += (line["step"] - done) * batch_size / line["images_per_second"]
             done = line["step"]
     return seconds
-
-
-def _without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The provenance with a command that says what was done, not where on this machine."""
-    words = [re.sub(r"^(--config\.init_from=).*/", r"\1runs/", word) for word in shlex.split(provenance["command"])
-             if not re.match(r"--(workdir|config\.data\.data_dir|config\.compilation_cache)=", word)]
-    return provenance | {"command": shlex.join(words)}
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:

@@ -207,6 +207,15 @@ def test_every_run_carries_its_provenance(trained):
     assert [one["provenance"]["config"]["loss"]["lambda_local"] for one in found] == [0.0, 5e-4]
 
 
+def test_what_is_published_of_a_run_names_no_folder_of_this_machine():
+    source = {
+        "command": "tables --table=9 --workdir=/a/b --config.data.data_dir=/c --config.init_from=/a/first --seeds=0",
+        "config": {"init_from": "/a/first", "data": {"data_dir": "/c", "name": "viper"}, "compilation_cache": "/d"}}
+    assert plan.without_paths(source) == {
+        "command": "tables --table=9 --config.init_from=runs/first --seeds=0",
+        "config": {"init_from": "runs/first", "data": {"data_dir": "", "name": "viper"}, "compilation_cache": ""}}
+
+
 def test_figures_of_table_12(trained):
     folder = trained / DATASET
     for name in ("training", "cmc", "features", "scales"):

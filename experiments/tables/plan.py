@@ -6,6 +6,7 @@ Beside the paper's tables there are some of what it is silent about, the studies
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,18 @@ class Run:
             "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
             "incomplete": next((row["incomplete"] for row in self.results() if "incomplete" in row), ""),
         }
+
+
+def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The provenance with a command and, if it has one, a config that say what was done, not where on this machine."""
+    words = [re.sub(r"^(--config\.init_from=).*/", r"\1runs/", word) for word in shlex.split(provenance["command"])
+             if not re.match(r"--(workdir|config\.data\.data_dir|config\.compilation_cache)=", word)]
+    found = provenance | {"command": shlex.join(words)}
+    if config := provenance.get("config"):
+        start = re.sub(r"^.*/", "runs/", config["init_from"])
+        found["config"] = config | {"data": config["data"] | {"data_dir": ""}, "init_from": start,
+                                    "compilation_cache": ""}
+    return found
 
 
 _SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.flip_average", "evaluate.multi_query")

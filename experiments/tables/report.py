@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from experiments.tables import published
-from experiments.tables.plan import Run, Table
+from experiments.tables.plan import Run, Table, without_paths
 from experiments.tables.published import OUR_SCORE, Column, PublishedTable
 from jlml_jax.evaluate import SCORES
 
@@ -227,7 +227,8 @@ class Report:
 
     def runs(self) -> str:
         """JSON: the results and the provenance of every finished run."""
-        return json.dumps([{"row": run.row, "seed": run.seed, "rows": run.results(), "provenance": run.provenance()}
+        return json.dumps([{"row": run.row, "seed": run.seed, "rows": run.results(),
+                            "provenance": without_paths(run.provenance())}
                            for outcome in self.rows.values() if not outcome.missing for run in outcome.runs], indent=1)
 
 
