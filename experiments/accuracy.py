@@ -18,7 +18,7 @@ from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done, withou
 from experiments.tables.report import markdown_table
 from jlml_jax.checkpoints import with_defaults, write_atomically
 from jlml_jax.errors import UserError, exit_status
-from jlml_jax.evaluate import RERANKED, SCORES, TITLES, format_score
+from jlml_jax.evaluate import ACCURACIES, RERANKED, SCORES, TITLES, format_score
 from jlml_jax.train import RESULTS
 
 FOLDER = Path(__file__).parent / "results" / "accuracy"
@@ -30,7 +30,8 @@ _NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.data_dir", "data.
                "evaluate.picture", "evaluate.baselines", "evaluate.batch_size", "evaluate.reranking",
                "evaluate.multi_query", "evaluate.extra_gallery", "data.held_out_identities", "data.height",
                "data.width", "train.steps", "train.batch_size")
-_SHOWN = (*(score for score in SCORES if score != "mean_inp"), f"{RERANKED}rank1", f"{RERANKED}mean_ap")
+_SHOWN = (*(score for score in SCORES if score != "mean_inp"), f"{RERANKED}rank1", f"{RERANKED}mean_ap",
+          *ACCURACIES)
 
 
 def make_record(folder: Path) -> dict[str, Any]:
@@ -103,10 +104,9 @@ def page(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The re-identification rows, of several trials' the means alone."""
+    """The rows, of several trials' the means alone."""
     averaged = {(row["dataset"], row["protocol"]) for row in rows if row["trial"] == "mean"}
-    return [row for row in rows if "rank1" in row and (
-        row["trial"] == "mean" or (row["dataset"], row["protocol"]) not in averaged)]
+    return [row for row in rows if row["trial"] == "mean" or (row["dataset"], row["protocol"]) not in averaged]
 
 
 def _line(record: dict[str, Any], row: dict[str, Any]) -> list[str]:

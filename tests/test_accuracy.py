@@ -76,6 +76,15 @@ def test_of_several_trials_the_mean_is_shown_with_its_deviation(tmp_path, kept):
     assert "70.0" not in page
 
 
+def test_a_classification_is_shown_by_its_accuracies(tmp_path, kept):
+    row = {"dataset": "tiny_imagenet", "protocol": "classification", "trial": 0, "feature": "global", "top1": 0.25,
+           "top5": 0.5}
+    assert accuracy.main([str(_run(tmp_path / "pretrained", [row], **{"data.name": "tiny_imagenet"}))]) == 0
+    page = (kept / "accuracy.md").read_text()
+    assert "| feature | top-1 | top-5 |" in page
+    assert "| pretrained | tiny_imagenet | classification | global | 25.0 | 50.0 |" in page
+
+
 def test_other_data_and_people_held_out_are_told_apart(tmp_path, kept):
     crossed = [_row(), _row(trained_on="market1501") | {"dataset": "viper"}]
     folders = [_run(tmp_path / "crossed", crossed), _run(tmp_path / "chosen", [_row()],
