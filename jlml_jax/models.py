@@ -176,7 +176,8 @@ def build_model(config: ml_collections.ConfigDict, num_identities: int) -> JLML:
     if config.model.loss == "uni" and config.model.branches != "both":
         raise UserError("model.loss=uni joins two branches, so it needs model.branches=both")
     check_input_size(config.data.height, config.data.width, config.model.num_strips)
-    return JLML(num_identities, **config.model, native=jax.default_backend() != "cpu", axis_name=BATCH_AXIS)
+    fields = ml_collections.FrozenConfigDict(config.model)  # a tuple for each list, so that the module is hashable
+    return JLML(num_identities, **fields, native=jax.default_backend() != "cpu", axis_name=BATCH_AXIS)
 
 
 def check_input_size(height: int, width: int, num_strips: int) -> None:

@@ -1,14 +1,17 @@
 import functools
+import json
 import math
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
+from configs import default
 from jlml_jax.errors import UserError
 from jlml_jax.layers import max_pool
-from jlml_jax.models import JLML, check_input_size, init_variables
+from jlml_jax.models import JLML, build_model, check_input_size, init_variables
 
 TINY = {"stem_features": 4, "global_widths": (4, 8), "local_widths": (4, 8), "depth": 1, "global_feature_dim": 6,
         "local_feature_dim": 10, "native": False}
@@ -308,3 +311,11 @@ def test_units_of_one_shape_are_traced_once():
     towers, stages = 1 + model.num_strips, len(model.global_widths)
     assert len(units) == towers * stages * model.depth
     assert len({id(unit) for unit in units}) == 2 * stages * 2  # a stage's first and its others, global and local
+
+
+def test_a_model_of_a_config_read_from_json_is_the_same_and_hashable():
+    config = default.get_config()
+    read = ml_collections.ConfigDict(json.loads(config.to_json()))
+    assert isinstance(read.model.global_widths, list)
+    assert build_model(read, 5) == build_model(config, 5)
+    assert hash(build_model(read, 5)) == hash(build_model(config, 5))

@@ -165,7 +165,8 @@ def test_both_loaders_take_the_same_parts(tiny_config, tmp_path):
                              axis_name=parallel.BATCH_AXIS, parts=2)
     _, drawn = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
                                      out_specs=PartitionSpec(parallel.BATCH_AXIS), check_vma=False))(parts.data)
-    run = train._check_run(tiny_config, tmp_path, parts.protocol, [], parts.mesh, "train", {})
+    run = train._check_run(tiny_config, tmp_path, parts.protocol, others=[], mesh=parts.mesh, mode="train", source={},
+                           optimizer=parts.optimizer, make_step=None, make_forward=None)
     _, labels = next(train._batches(run, 0))
     np.testing.assert_array_equal(labels, drawn)
     in_order = parts.protocol.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8)]

@@ -124,7 +124,7 @@ def overrides(folder: Path) -> Target:
     from jlml_jax.checkpoints import flatten
 
     rng, fields = random.Random(0), flatten(synthetic.get_config().to_dict())
-    alone = types.SimpleNamespace(initialize=lambda *_: None)
+    alone = types.SimpleNamespace(initialize=lambda *_: None, keep_memory=lambda: None)
     values = ["0", "-1", "1e400", "nan", "True", "none", "", "(1,2)", "(", "[1]*9", "None", "'", "9" * 5000, "1,2",
               "\\"]
 
