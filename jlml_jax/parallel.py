@@ -41,19 +41,24 @@ def keep_programs(folder: str) -> None:
 
 
 _ACCELERATORS = ("jax_plugins", "libtpu")  # what is installed where JAX computes on anything but the host's processor
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_memory() -> None:
     """Lets the process keep the memory that it frees, if the host's own processor is all that JAX has.
 
     XLA's CPU backend allocates what a step needs anew every step, and glibc hands that much back to the kernel, which
-    clears every page before it gives it out again: a tenth of the processor's time at 224x224. Only glibc's main arena
-    can be kept, so it must be the only one: to be called before threads have their own, before any device is used.
+    clears every page before it gives it out again: a tenth of the processor's time at 224x224. To be called before any
+    device is used.
+
+    Of glibc's arenas only the main thread's is kept whole, so the main thread is to run the steps, not one of JAX's.
+    Other threads keep arenas of their own: with one for all, they would search what a compilation has left in pieces
+    for each of a step's many small blocks, at almost twice the time a step.
     """
     if sys.platform == "linux" and not any(map(importlib.util.find_spec, _ACCELERATORS)):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # another libc's allocator has its own ways
-        for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             mallopt(parameter, value)
 
 
