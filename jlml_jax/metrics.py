@@ -150,9 +150,10 @@ def rank_metrics(
     labels = _labels(distances.shape, query_ids, gallery_ids, query_cameras, gallery_cameras)
 
     def distances_to(columns: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        if len(columns) == distances.shape[1]:
-            return lambda rows: distances[rows]
-        return lambda rows: distances[rows[:, None], columns]
+        if len(columns) < distances.shape[1]:
+            return lambda rows: distances[rows[:, None], columns]
+        # Of rows side by side, as they mostly are, no copy.
+        return lambda rows: distances[rows[0]:rows[-1] + 1] if rows[-1] - rows[0] < len(rows) else distances[rows]
 
     return _evaluate(distances_to, labels, max_rank, repeats if single_gallery_shot else None, seed)
 
@@ -257,14 +258,17 @@ def _score(
         people, distances = _People(labels, len(cameras), block), distances_to(block)
 
         def visit_chunk(chunk: np.ndarray) -> None:
-            for number, row in zip(chunk, distances(rows[chunk]), strict=True):
-                own, own_true = people.of(rows[number], row)
-                if collect:
+            of_chunk = distances(rows[chunk])
+            own = [people.of(rows[number], row) for number, row in zip(chunk, of_chunk, strict=True)]
+            if collect:
+                for number, (_, own_true) in zip(chunk, own, strict=True):
                     true[number].append(own_true)
-                if count:
+            if count:
+                # All rows in one call, which other threads need not wait for.
+                for number, row, (of_identity, _) in zip(chunk, np.sort(of_chunk, axis=1), own, strict=True):
                     found = np.sort(np.concatenate(true[number]))
-                    wrong[number] += (np.sort(row).searchsorted(found, "right")
-                                      - np.sort(own).searchsorted(found, "right"))
+                    of_identity.sort()
+                    wrong[number] += row.searchsorted(found, "right") - of_identity.searchsorted(found, "right")
 
         size = max(_MIN_CHUNK, _CHUNK_DISTANCES // len(block))
         with threads() as pool:
@@ -316,7 +320,7 @@ class _People:
     def of(self, query: int, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of one query's `distances` to the columns those to its identity's images, and to its true matches."""
         begin, skip, resume, end = self._bounds[query]
-        own = distances[self._order[begin:end]]
+        own = distances[self._order[begin:end]]  # a copy
         return own, np.concatenate([own[: skip - begin], own[resume - begin :]])
 
 
