@@ -203,8 +203,6 @@ def init_variables(model: nn.Module, seed: int, height: int, width: int) -> dict
     The same distribution as `model.init`, drawn on the host from (seed, the parameter's path): XLA takes longer to
     compile 200 random initialisers than to train for an epoch, and this is the same on every backend.
     """
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, 3))))
-
     def draw(path, leaf):
         name = "/".join(key.key for key in path)
         if name.endswith("/kernel"):
@@ -213,4 +211,10 @@ def init_variables(model: nn.Module, seed: int, height: int, width: int) -> dict
             return std.astype(np.float32) * rng.standard_normal(leaf.shape, np.float32)
         return np.full(leaf.shape, name.endswith(("/scale", "/var")), np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, variable_shapes(model, height, width))
+
+
+@functools.cache
+def variable_shapes(model: nn.Module, height: int, width: int) -> dict[str, Any]:
+    """The shapes and types of `params` and `batch_stats`."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, 3))))

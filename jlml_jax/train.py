@@ -51,8 +51,9 @@ from jlml_jax.checkpoints import (
 )
 from jlml_jax.datasets.base import Split, refuse_address
 from jlml_jax.errors import UserError, storage_errors_told
+from jlml_jax.kept_step import KeptStep
 from jlml_jax.logs import TrainingLog
-from jlml_jax.models import build_model, check_input_size, init_variables
+from jlml_jax.models import build_model, check_input_size, init_variables, variable_shapes
 from jlml_jax.protocols import Trial, namespace
 from jlml_jax.stopping import StopRequest
 from jlml_jax.train_step import Batch, TrainState, compute_dtype, init_state, make_train_step, steps_per_dispatch
@@ -72,7 +73,7 @@ def print_model(model: nn.Module, config: ml_collections.ConfigDict) -> None:
     images = jnp.zeros((1, height, width, 3))
     print(nn.tabulate(native, jax.random.key(0), depth=1,
                       console_kwargs={"width": 140, "force_terminal": sys.stdout.isatty()})(images))
-    variables = jax.eval_shape(native.init, jax.random.key(0), images)
+    variables = variable_shapes(model, height, width)
     # Not compute_flops=True, which lowers every module by itself: seconds of every start.
     operations = jax.jit(native.apply).lower(variables, images).cost_analysis()["flops"]
     print(f"{operations:.3g} floating-point operations an image of {height}x{width}, as XLA counts\n", flush=True)
@@ -109,7 +110,7 @@ class _Run:
     initial: SavedRun | None  # the run whose weights to start from, unless this one has a checkpoint
     label_map: dict[str, Any]
     source: dict[str, Any]  # provenance so far
-    # `make_train_step` and `evaluate.make_forward`, each with a cache that all trials of a command share: they differ
+    # `_make_step` and `evaluate.make_forward`, each with a cache that all trials of a command share: they differ
     # in their images, and what is compiled for one serves the others.
     make_step: Callable
     make_forward: Callable
@@ -162,7 +163,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     check = functools.partial(
         _check_run, others=others, mesh=mesh, mode=mode, source=source,
         optimizer=optim.make_optimizer(config.optim, config.train.steps),
-        make_step=functools.cache(make_train_step), make_forward=functools.cache(evaluate.make_forward))
+        make_step=functools.cache(functools.partial(_make_step, source)),
+        make_forward=functools.cache(evaluate.make_forward))
 
     def check_runs():
         runs = []
@@ -188,6 +190,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         if protocol.num_trials > 1 and mode != "train":
             rows = _collect_trials(workdir, source)
     return rows
+
+
+def _make_step(source: dict[str, Any], config: ml_collections.FrozenConfigDict, model: nn.Module,
+               optimizer: optax.GradientTransformation, mesh: Mesh, *form: Any) -> KeptStep:
+    made_of = [config[section].to_json() for section in ("augment", "data", "loss", "model", "optim", "train")]
+    return KeptStep(make_train_step(config, model, optimizer, mesh, *form), f"{made_of} {model} {mesh} {form}", source)
 
 
 def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *, others: list[list[Trial]],
@@ -278,6 +286,7 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
     trace = profiling.Trace(profiling.parse_steps(config.profile if jax.process_index() == 0 else ""), workdir)
     any_stop = parallel.make_any_stop(run.mesh)
     in_flight = collections.deque()
+    ahead = 0 if jax.default_backend() == "cpu" else DISPATCHES_AHEAD  # a CPU's host has nothing better to do
     told_to_stop = 0  # by any process: every process knows it after the same step
 
     def finish_oldest():
@@ -298,7 +307,7 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
                 state, metrics = step(state, next(batches), seed)
                 trace.after(dispatch, metrics)
                 in_flight.append((done, metrics, any_stop(stop.requested or 0)))
-                while len(in_flight) > DISPATCHES_AHEAD:
+                while len(in_flight) > ahead:
                     finish_oldest()
                 if jax.process_count() == 1:  # need not wait to hear it from others
                     told_to_stop = stop.requested

@@ -1,0 +1,88 @@
+"""The train step as traced, kept beside the programs that XLA keeps: tracing it is a third of a start on a CPU."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+
+from jlml_jax.checkpoints import write_atomically
+from jlml_jax.train_step import TrainState
+
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class KeptStep:
+    """A compiled train step, (state, donated; batch; seed) -> (state, metrics), traced once for all processes.
+
+    Its trace lies in JAX's folder of compiled programs, under a name that says all that it depends on. A damaged one is
+    made again; where there is no such folder, or it cannot be written, nothing is kept.
+
+    Only on a CPU and in one process: elsewhere the step is used as it is.
+
+    Args:
+      step: of `make_train_step`.
+      made_of: text that tells the step from every other one, beside its arguments' shapes.
+      source: the provenance of the code, `provenance.collect()`.
+    """
+
+    def __init__(self, step: Step, made_of: str, source: dict[str, Any]):
+        self._step = step
+        self._described = [made_of, source["source_sha256"], source["versions"], source["hardware"]]
+        self._call: Step | None = None
+
+    def __call__(self, state: TrainState, batch: Any, seed: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        if self._call is None:
+            folder = jax.config.jax_compilation_cache_dir
+            kept = folder and jax.default_backend() == "cpu" and jax.process_count() == 1
+            self._call = self._traced(Path(folder), state, batch, seed) if kept else self._step
+        return self._call(state, batch, seed)
+
+    def _traced(self, folder: Path, *arguments: Any) -> Step:
+        leaves, structure = jax.tree.flatten(arguments)
+        described = json.dumps([*self._described, str(structure), [str(jax.typeof(leaf)) for leaf in leaves],
+                                {name: str(value) for name, value in jax.config.values.items()
+                                 if name != "jax_compilation_cache_dir"}])
+        path = folder / f"jlml_jax-step-{hashlib.sha256(described.encode()).hexdigest()}"
+        content = _read(path)
+        if content is None:
+            # Of plain lists and dicts, which need no code to be read again.
+            def of_leaves(*leaves):
+                state, metrics = self._step(*jax.tree.unflatten(structure, leaves))
+                return jax.tree.leaves(state), metrics
+
+            content = jax.export.export(jax.jit(of_leaves))(*leaves).serialize()
+            _write(path, content)
+        # What was just traced is read again, too: so both starts run, and XLA keeps, one and the same program.
+        exported = jax.export.deserialize(bytearray(content))
+
+        def step(state, batch, seed):
+            leaves, metrics = exported.call(*jax.tree.leaves((state, batch, seed)))
+            return jax.tree.unflatten(jax.tree.structure(state), leaves), metrics
+
+        return jax.jit(step, donate_argnums=0)
+
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        os.makedirs(path.parent, exist_ok=True)
+        write_atomically(path, hashlib.sha256(content).digest() + content)
+    except OSError:
+        pass  # the next start traces again
+
+
+def _read(path: Path) -> bytes | None:
+    """What was written there, whole; None if there is none."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    content = kept[_DIGEST:]
+    return content if hashlib.sha256(content).digest() == kept[:_DIGEST] else None
