@@ -34,7 +34,7 @@ def draw(report: Report, folder: Path, stem: str) -> list[str]:
     if not finished:
         return []
     names = [_training_curves(finished, folder, f"{stem}_training"), _cmc_curves(report, folder, f"{stem}_cmc")]
-    if report.table.name in ("12", "penalties"):
+    if report.table.name in ("12", "feature", "penalties"):
         names += [_feature_layers(finished, folder, f"{stem}_features"),
                   _feature_scales(finished, folder, f"{stem}_scales")]
     return names
