@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,14 +67,16 @@ DISPATCHES_AHEAD = 2
 
 def print_model(model: nn.Module, config: ml_collections.ConfigDict) -> None:
     """Prints the parameters, module by module, and the floating-point operations of an evaluation forward in all."""
-    native = model.clone(native=True)  # as the paper counts: the CPU's rewrites move XLA's count
+    # Not nn.tabulate, which traces the network once more and lists every array in it.
     height, width = config.data.height, config.data.width
-    images = jnp.zeros((1, height, width, 3))
-    print(nn.tabulate(native, jax.random.key(0), depth=1,
-                      console_kwargs={"width": 140, "force_terminal": sys.stdout.isatty()})(images))
     variables = variable_shapes(model, height, width)
-    # Not compute_flops=True, which lowers every module by itself: seconds of every start.
-    operations = jax.jit(native.apply).lower(variables, images).cost_analysis()["flops"]
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(layer)) for name, layer in variables["params"].items()}
+    for name, size in [("module", "parameters"), *((name, f"{size:,}") for name, size in sizes.items()),
+                       ("in all", f"{sum(sizes.values()):,}")]:
+        print(f"{name:<20}{size:>12}")
+    # As the paper counts: the CPU's rewrites move XLA's count.
+    forward = jax.jit(model.clone(native=True).apply)
+    operations = forward.lower(variables, jnp.zeros((1, height, width, 3))).cost_analysis()["flops"]
     print(f"{operations:.3g} floating-point operations an image of {height}x{width}, as XLA counts\n", flush=True)
 
 

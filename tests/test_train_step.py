@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -60,8 +61,11 @@ def test_the_network_is_printed_with_its_operations(capsys):
     model = models.build_model(config, 751)
     train.print_model(model, config)
     printed = capsys.readouterr().out
-    number = sum(leaf.size for leaf in jax.tree.leaves(models.init_variables(model, 0, 224, 224)))
-    assert "global_tower" in printed and f"Total Parameters: {number:,} " in printed
+    number = sum(leaf.size for leaf in jax.tree.leaves(models.init_variables(model, 0, 224, 224)["params"]))
+    printed_sizes = {name: int(size.replace(",", "")) for name, size in re.findall(r"^(\w+) +([\d,]+)$", printed, re.M)}
+    assert printed_sizes["stem"] == 3 * 3 * 3 * 32 + 2 * 32
+    assert sum(printed_sizes.values()) == number
+    assert f"in all{number:>26,}\n" in printed
     operations = float(printed.split(" floating-point operations an image of 224x224")[0].split()[-1])
     assert operations == pytest.approx(1.49e9, rel=0.02)  # as `python -m experiments.tables --table=13` counts
 
