@@ -25,6 +25,7 @@ _SIZES = ((64, 32), (96, 48), (128, 64), (160, 64), (256, 128), (224, 224))
 FEATURES = ("global", "local", "joint")
 # What the study of a recipe sets, one at a time, by the name of the row's folder: its line, and the fields.
 _INGREDIENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "learning_rate_0.02": ("a learning rate of 0.02", {"optim.learning_rate": 0.02}),
     "schedule_step": ("schedule in steps", {"optim.schedule": "step"}),
     "warmup_0": ("no warm-up", {"optim.warmup_steps": 0}),
     "weight_decay_0": ("no weight decay", {"optim.weight_decay": 0.0}),
