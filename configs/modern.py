@@ -1,7 +1,8 @@
 """Market-1501, the modern recipe; the other benchmarks by --config.data.name=viper|grid|cuhk03/detected.
 
-JLML's network and losses, trained from random weights with what has become usual since. No ingredient has been judged
-by a run of its own yet, nor has any run had all these steps: experiments/results/accuracy.md has what there is.
+JLML's network and losses, trained from random weights with what has become usual since. The normalisation has been
+judged by runs, at a small scale, the rest by too few of them to tell; at that scale the learning rate is too high for
+some seeds (experiments/results/README.md). No run has had all these steps yet: experiments/results/accuracy.md.
 Whatever is not set here is as the paper has it.
 """
 

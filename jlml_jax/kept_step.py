@@ -19,8 +19,8 @@ Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 class KeptStep:
     """A compiled train step, (state, donated; batch; seed) -> (state, metrics), traced once for all processes.
 
-    Its trace lies in JAX's folder of compiled programs, under a name that says all that it depends on. A damaged one is
-    made again; where there is no such folder, or it cannot be written, nothing is kept.
+    Its trace lies in a folder under a name that says all that it depends on. A damaged one is made again; where the
+    folder cannot be written, nothing is kept.
 
     Only on a CPU and in one process: elsewhere the step is used as it is.
 
@@ -28,25 +28,27 @@ class KeptStep:
       step: of `make_train_step`.
       made_of: text that tells the step from every other one, beside its arguments' shapes.
       source: the provenance of the code, `provenance.collect()`.
+      folder: a config's `compilation_cache`; empty: nothing is kept.
     """
 
-    def __init__(self, step: Step, made_of: str, source: dict[str, Any]):
+    def __init__(self, step: Step, made_of: str, source: dict[str, Any], folder: str):
         self._step = step
+        self._folder = folder
         self._described = [made_of, source["source_sha256"], source["versions"], source["hardware"]]
         self._call: Step | None = None
 
     def __call__(self, state: TrainState, batch: Any, seed: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         if self._call is None:
-            folder = jax.config.jax_compilation_cache_dir
-            kept = folder and jax.default_backend() == "cpu" and jax.process_count() == 1
-            self._call = self._traced(Path(folder), state, batch, seed) if kept else self._step
+            kept = self._folder and jax.default_backend() == "cpu" and jax.process_count() == 1
+            self._call = self._traced(state, batch, seed) if kept else self._step
         return self._call(state, batch, seed)
 
-    def _traced(self, folder: Path, *arguments: Any) -> Step:
+    def _traced(self, *arguments: Any) -> Step:
         leaves, structure = jax.tree.flatten(arguments)
         described = json.dumps([*self._described, str(structure), [str(jax.typeof(leaf)) for leaf in leaves],
                                 {name: str(value) for name, value in jax.config.values.items()
                                  if name != "jax_compilation_cache_dir"}])
+        folder = Path(self._folder).expanduser()
         path = folder / f"jlml_jax-step-{hashlib.sha256(described.encode()).hexdigest()}"
         content = _read(path)
         if content is None:

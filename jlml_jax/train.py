@@ -196,7 +196,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
 def _make_step(source: dict[str, Any], config: ml_collections.FrozenConfigDict, model: nn.Module,
                optimizer: optax.GradientTransformation, mesh: Mesh, *form: Any) -> KeptStep:
     made_of = [config[section].to_json() for section in ("augment", "data", "loss", "model", "optim", "train")]
-    return KeptStep(make_train_step(config, model, optimizer, mesh, *form), f"{made_of} {model} {mesh} {form}", source)
+    step = make_train_step(config, model, optimizer, mesh, *form)
+    return KeptStep(step, f"{made_of} {model} {mesh} {form}", source, config.compilation_cache)
 
 
 def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *, others: list[list[Trial]],

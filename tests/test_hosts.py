@@ -134,7 +134,7 @@ def test_two_processes_compute_what_one_does(runs):
 
 def test_only_the_first_process_tells_and_writes(runs):
     (first, _), (second, second_error) = json.loads((runs / "told.json").read_text())
-    assert "step 40/40" in first and "results in" in first and "Total Parameters" in first
+    assert "step 40/40" in first and "results in" in first and "floating-point operations an image" in first
     # XLA's CPU collectives tell of themselves, in lines that may run into each other.
     of_gloo = r"\[Gloo\] Rank \d is connected to \d peer ranks\. |Expected number of connected peer ranks is : \d"
     assert re.sub(of_gloo, "", second + second_error).strip() == ""

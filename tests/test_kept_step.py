@@ -10,11 +10,7 @@ from jlml_jax.kept_step import KeptStep
 
 @pytest.fixture
 def cache(tmp_path):
-    """JAX's folder of compiled programs, for this test alone; what is looked for in it is ours, not XLA's."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
-    yield tmp_path / "cache"
-    jax.config.update("jax_compilation_cache_dir", before)
+    return tmp_path / "cache"
 
 
 def kept_in(cache):
@@ -41,9 +37,10 @@ def untraceable(*_):
 def test_a_later_start_takes_the_trace_and_computes_the_same(smooth_config, cache, devices):
     source = provenance.collect()
     expected = two_steps(parts := Parts(smooth_config, devices), plain(smooth_config, parts))
-    first = two_steps(parts := Parts(smooth_config, devices), KeptStep(plain(smooth_config, parts), "a", source))
+    first = two_steps(parts := Parts(smooth_config, devices),
+                      KeptStep(plain(smooth_config, parts), "a", source, str(cache)))
     assert len(kept_in(cache)) == 1
-    later = two_steps(Parts(smooth_config, devices), KeptStep(untraceable, "a", source))
+    later = two_steps(Parts(smooth_config, devices), KeptStep(untraceable, "a", source, str(cache)))
     for state, metrics in (first, later):
         assert jax.tree.structure(state) == jax.tree.structure(expected[0])
         assert_close_trees(state, expected[0])
@@ -58,7 +55,7 @@ def test_another_step_has_a_trace_of_its_own(smooth_config, cache):
 
     def trace(made_of="a", source=source, batch=parts.data):
         parts = Parts(smooth_config, 1)
-        KeptStep(plain(smooth_config, parts), made_of, source)(parts.state, batch, parts.seed)
+        KeptStep(plain(smooth_config, parts), made_of, source, str(cache))(parts.state, batch, parts.seed)
         return len(kept_in(cache))
 
     assert trace() == trace() == 1
@@ -77,20 +74,19 @@ def test_another_step_has_a_trace_of_its_own(smooth_config, cache):
 def test_a_damaged_trace_is_made_again(smooth_config, cache, damage):
     source = provenance.collect()
     parts = Parts(smooth_config, 1)
-    first = two_steps(parts, KeptStep(plain(smooth_config, parts), "a", source))
+    first = two_steps(parts, KeptStep(plain(smooth_config, parts), "a", source, str(cache)))
     (path,) = kept_in(cache)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    again = two_steps(parts := Parts(smooth_config, 1), KeptStep(plain(smooth_config, parts), "a", source))
+    again = two_steps(parts := Parts(smooth_config, 1), KeptStep(plain(smooth_config, parts), "a", source, str(cache)))
     np.testing.assert_array_equal(first[1][1]["loss"], again[1][1]["loss"])
     assert len(path.read_bytes()) == len(whole)
-    two_steps(Parts(smooth_config, 1), KeptStep(untraceable, "a", source))
+    two_steps(Parts(smooth_config, 1), KeptStep(untraceable, "a", source, str(cache)))
 
 
 def test_where_nothing_can_be_kept_the_step_runs(smooth_config, cache):
-    parts = Parts(smooth_config, 1)
+    source = provenance.collect()
     cache.write_text("not a folder")
-    two_steps(parts, KeptStep(plain(smooth_config, parts), "a", provenance.collect()))
-    jax.config.update("jax_compilation_cache_dir", None)
-    two_steps(parts := Parts(smooth_config, 1), KeptStep(plain(smooth_config, parts), "a", provenance.collect()))
+    for folder in (str(cache), ""):
+        two_steps(parts := Parts(smooth_config, 1), KeptStep(plain(smooth_config, parts), "a", source, folder))
     assert cache.read_text() == "not a folder"

@@ -1,5 +1,6 @@
 import ctypes
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -82,15 +83,15 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(step(x))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+print(min(faults() for _ in range(5)))
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc can be told to keep memory")
 def test_what_a_step_frees_is_kept():
-    again = {keep: int(subprocess.run([sys.executable, "-c", f"keep = {keep}" + _PAGE_FAULTS], check=True,
-                                      capture_output=True, text=True).stdout) for keep in (False, True)}
+    again = {keep: int(subprocess.run([sys.executable, "-c", f"keep = {keep}" + _PAGE_FAULTS], check=True, text=True,
+                                      capture_output=True, env=os.environ | {"XLA_FLAGS": ""}).stdout)
+             for keep in (False, True)}
     assert again[True] < 100 < 8_000 < again[False]
 
 
