@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,8 @@ class KeptStep:
         described = json.dumps([*self._described, str(structure), [str(jax.typeof(leaf)) for leaf in leaves],
                                 {name: str(value) for name, value in jax.config.values.items()
                                  if name != "jax_compilation_cache_dir"}])
-        folder = Path(self._folder).expanduser()
-        path = folder / f"jlml_jax-step-{hashlib.sha256(described.encode()).hexdigest()}"
+        name = f"jlml_jax-step-{hashlib.sha256(described.encode()).hexdigest()}"
+        path = Path(self._folder).expanduser() / name
         content = _read(path)
         if content is None:
             # Of plain lists and dicts, which need no code to be read again.
@@ -74,7 +73,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        os.makedirs(path.parent, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, hashlib.sha256(content).digest() + content)
     except OSError:
         pass  # the next start traces again

@@ -203,6 +203,7 @@ def init_variables(model: nn.Module, seed: int, height: int, width: int) -> dict
     The same distribution as `model.init`, drawn on the host from (seed, the parameter's path): XLA takes longer to
     compile 200 random initialisers than to train for an epoch, and this is the same on every backend.
     """
+
     def draw(path, leaf):
         name = "/".join(key.key for key in path)
         if name.endswith("/kernel"):
