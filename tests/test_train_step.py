@@ -198,3 +198,18 @@ def test_bfloat16_is_for_convolutions_alone(smooth_config):
     assert narrow_metrics[0]["loss"] == pytest.approx(wide_metrics[0]["loss"], rel=0.02)
     assert narrow_metrics[0]["loss"] != wide_metrics[0]["loss"]
     assert train_step.compute_dtype("auto") == np.float32  # on a CPU
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_step_lowers_for_accelerators(smooth_config, platform):
+    """As they run it: the vendor's layers, bfloat16, several steps a dispatch, all that augments. No device needed."""
+    smooth_config.train.dtype = "bfloat16"
+    smooth_config.augment.update(color_jitter=0.2, erasing_probability=0.5)
+    parts = Parts(smooth_config, 4)
+    step = train_step.make_train_step(smooth_config, parts.model.clone(native=True), parts.optimizer, parts.mesh,
+                                      from_device_data=True, num_steps=5)
+    text = step.trace(parts.state, parts.data, parts.seed).lower(lowering_platforms=(platform,)).as_text()
+    types = re.findall(r"stablehlo\.convolution.* -> tensor<(?:\d+x)*(\w+)>", text)
+    assert set(types) == {"bf16"}
+    assert "stablehlo.while" in text and "all_reduce" in text
+    assert "custom_call" not in text  # nothing that only another platform has
