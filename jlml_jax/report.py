@@ -259,8 +259,9 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
         metadata = datasets.metadata(trial.dataset, config.data.data_dir)
         names = _Names(metadata["identities"], metadata["cameras"])
     groups = _choose(precisions, per_group)
-    lists = [_ranked_list(trial, names, group, q, query[feature], gallery[feature], first_ranks, precisions)
-             for group, queries in groups.items() for q in queries]
+    lists = [_ranked_list(trial, names, group, q, distances, first_ranks, precisions)
+             for group, queries in groups.items()
+             for q, distances in zip(queries, l2_distances(query[feature][queries], gallery[feature]), strict=True)]
     units = _add_pictures(run, trial, model, lists)
     histogram, thresholds = _histogram(trial, query[feature], gallery[feature], verdicts.thresholds if verdicts else ())
     ranks = np.arange(1, config.evaluate.max_rank + 1)
@@ -302,9 +303,8 @@ def _choose(precisions: np.ndarray, per_group: int) -> dict[str, list[int]]:
     return {"worst": worst.tolist(), "random": np.sort(random).tolist(), "best": best.tolist()}
 
 
-def _ranked_list(trial: Trial, names: _Names, group: str, q: int, query: np.ndarray, gallery: np.ndarray,
-                 first_ranks: np.ndarray, precisions: np.ndarray) -> dict[str, Any]:
-    distances = l2_distances(query[[q]], gallery)[0]
+def _ranked_list(trial: Trial, names: _Names, group: str, q: int, distances: np.ndarray, first_ranks: np.ndarray,
+                 precisions: np.ndarray) -> dict[str, Any]:
     ranked = pictures.ranked_gallery(trial, q, distances, TOP_K)
 
     def crop(split: Split, index: int) -> dict[str, Any]:
