@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.export
 
+from jlml_jax import parallel
 from jlml_jax.checkpoints import write_atomically
 from jlml_jax.train_step import TrainState
 
@@ -53,7 +54,8 @@ class KeptStep:
         if content is None:
             # Of plain lists and dicts, which need no code to be read again.
             def of_leaves(*leaves):
-                state, metrics = self._step(*jax.tree.unflatten(structure, leaves))
+                # Without its own `jit`: only the outermost one may tell the compiler anything.
+                state, metrics = self._step.__wrapped__(*jax.tree.unflatten(structure, leaves))
                 return jax.tree.leaves(state), metrics
 
             content = jax.export.export(jax.jit(of_leaves))(*leaves).serialize()
@@ -65,7 +67,7 @@ class KeptStep:
             leaves, metrics = exported.call(*jax.tree.leaves((state, batch, seed)))
             return jax.tree.unflatten(jax.tree.structure(state), leaves), metrics
 
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, compiler_options=parallel.compiler_options())
 
 
 _DIGEST = hashlib.sha256().digest_size

@@ -153,7 +153,7 @@ def make_train_step(config: ml_collections.ConfigDict, model: nn.Module, optimiz
         jax.shard_map(steps if num_steps > 1 else step, mesh=mesh,
                       in_specs=(PartitionSpec(), batch_spec, PartitionSpec()),
                       out_specs=(PartitionSpec(), PartitionSpec()), check_vma=False),
-        donate_argnums=0)
+        donate_argnums=0, compiler_options=parallel.compiler_options())
 
 
 def steps_per_dispatch(config: ml_collections.ConfigDict, first_step: int) -> int:

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import os
 import re
 
 import jax
@@ -9,8 +10,9 @@ from jax.sharding import PartitionSpec
 from runs import assert_close_trees
 
 from configs import market1501
-from jlml_jax import device_data, models, optim, parallel, protocols, sampling, train, train_step
+from jlml_jax import device_data, models, optim, parallel, protocols, provenance, sampling, train, train_step
 from jlml_jax.device_data import place
+from jlml_jax.kept_step import KeptStep
 
 
 class Parts:
@@ -213,3 +215,24 @@ def test_the_step_lowers_for_accelerators(smooth_config, platform):
     assert set(types) == {"bf16"}
     assert "stablehlo.while" in text and "all_reduce" in text
     assert "custom_call" not in text  # nothing that only another platform has
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_compiler_hears_its_options(smooth_config, tmp_path, monkeypatch, kept):
+    """Of the step itself, and of one whose trace is kept; what this jaxlib does not know is left out."""
+    assert parallel.compiler_options()["xla_cpu_prefer_vector_width"] == 512
+    monkeypatch.setattr(parallel, "compiler_options", lambda: {"xla_cpu_unheard_of": 1})
+    assert not parallel._knows("xla_cpu_unheard_of", 1)
+    parts = Parts(smooth_config, 1)
+    step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
+    if kept:
+        step = KeptStep(step, "a", provenance.collect(), str(tmp_path))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_cpu_unheard_of"):
+        step(parts.state, parts.data, parts.seed)
+
+
+@pytest.mark.parametrize("cores, side_by_side", [(2, False), (64, True)])
+def test_many_cores_keep_operations_side_by_side(monkeypatch, cores, side_by_side):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    options = parallel.compiler_options.__wrapped__()
+    assert options.get("xla_cpu_enable_concurrency_optimized_scheduler", True) == side_by_side
