@@ -54,7 +54,6 @@ class KeptStep:
         if content is None:
             # Of plain lists and dicts, which need no code to be read again.
             def of_leaves(*leaves):
-                # Without its own `jit`: only the outermost one may tell the compiler anything.
                 state, metrics = self._step.__wrapped__(*jax.tree.unflatten(structure, leaves))
                 return jax.tree.leaves(state), metrics
 

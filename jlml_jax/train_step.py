@@ -141,6 +141,8 @@ def make_train_step(config: ml_collections.ConfigDict, model: nn.Module, optimiz
     The seed, of sampling and augmentation, is an argument so that all seeds are one program, compiled once.
 
     With `num_steps` > 1, for DeviceData alone, that many steps in one dispatch, the metrics [num_steps].
+
+    Within another `jit`, or to trace it alone, take its `__wrapped__`: only the outermost program has compiler options.
     """
     step = functools.partial(train_step, model=model, optimizer=optimizer, config=config)
 

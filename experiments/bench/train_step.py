@@ -89,8 +89,7 @@ def bench_train(height: int, width: int, batch_size: int, dtype: str, repeats: i
 
     native_step = train_step.make_train_step(config, ours.clone(native=True), optimizer, mesh, from_device_data=True)
     work = floor.count_work(
-        native_step.__wrapped__,  # to be traced alone, without what the compiler is told
-        train_step.init_state(config, ours, optimizer, mesh), data, seed)
+        native_step.__wrapped__, train_step.init_state(config, ours, optimizer, mesh), data, seed)
     ways = {"ours": stepper("ours", ours, contextlib.nullcontext()),
             "plain": stepper("plain", ours.clone(native=True), plain_layers)}
     variables = models.init_variables(ours, config.seed, height, width)
