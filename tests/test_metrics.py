@@ -57,6 +57,20 @@ def test_equals_brute_force_from_features(seed):
     assert_equal(metrics.evaluate_ranking(query, gallery, *labels), score(distances, *labels, 50), 1e-6)
 
 
+@pytest.mark.parametrize("most", [1, 64, 65, 200])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (16, 64), (33, 129), (40, 300)])
+def test_counted_values_are_those_at_most_each_bound(most, rows, columns):
+    """On both sides of the number of bounds from which rows are sorted; with equal values, and rows of few bounds."""
+    rng = np.random.default_rng(most + rows)
+    values = rng.integers(0, 50, (rows, columns)).astype(np.float32)
+    bounds = [np.sort(rng.integers(-5, 55, count)).astype(np.float32) for count in rng.integers(1, most + 1, rows)]
+    bounds[-1] = np.sort(rng.choice(values[-1], most)) if most > 1 else values[-1, :1]
+    counted = list(metrics._count_at_most(values, bounds))
+    assert len(counted) == rows
+    for row, own, counts in zip(values, bounds, counted, strict=True):
+        np.testing.assert_array_equal(counts, (row[:, None] <= own).sum(0))
+
+
 def test_hand_computed():
     # ranks of the true matches: 1, 3, 6
     result = one_query([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [True, False, True, False, False, True], max_rank=8)
