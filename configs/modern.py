@@ -1,10 +1,10 @@
 """Market-1501, the modern recipe; the other benchmarks by --config.data.name=viper|grid|cuhk03/detected.
 
-JLML's network and losses, trained from random weights, or better from those of Tiny-ImageNet-200
-(--config.init_from), with what has become usual since. BN on the features, the number of strips and the penalties'
-weights have been judged by three seeds on held-out people at a small scale, where the learning rate is too high for
-some seeds without pre-training (experiments/results/README.md); the rest has not. No run has had all these steps yet:
-experiments/results/accuracy.md. Whatever is not set here is as the paper has it.
+JLML's network and losses, trained from the weights of Tiny-ImageNet-200 (--config.init_from) or from random ones, with
+what has become usual since. Judged on held-out people at a small scale (experiments/results/README.md): by three seeds
+the start, which gains most and takes the spread over seeds away, the penalties' weights, normalisation, flip-averaging
+and label smoothing, which costs rank-1 there; by one seed the other ingredients, none of which gains or loses. No run
+has had all these steps yet: experiments/results/accuracy.md. Whatever is not set here is as the paper has it.
 """
 
 from configs import default
