@@ -3,8 +3,8 @@
 JLML's network and losses, trained from the weights of Tiny-ImageNet-200 (--config.init_from) or from random ones, with
 what has become usual since. Judged on held-out people at a small scale (experiments/results/README.md): by three seeds
 the start, which gains most and takes the spread over seeds away, the penalties' weights, normalisation, flip-averaging
-and label smoothing, which costs rank-1 there; by one seed the other ingredients, none of which gains or loses. No run
-has had all these steps yet: experiments/results/accuracy.md. Whatever is not set here is as the paper has it.
+and label smoothing, which costs rank-1 there; by one seed, which says little, the other ingredients. No run has had all
+these steps yet: experiments/results/accuracy.md. Whatever is not set here is as the paper has it.
 """
 
 from configs import default

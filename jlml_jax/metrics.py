@@ -241,7 +241,7 @@ def _score(
     average precision and inverse negative penalty [3, n].
 
     The ranks of the true matches are all that these need, and the rank of the j-th is j plus the number of wrong images
-    at most as far. That number is a sum over blocks of the gallery; nothing needs to be sorted for it.
+    at most as far. That number is a sum over blocks of the gallery.
     """
     cameras, codes = np.unique(np.concatenate([labels.query_cameras, labels.gallery_cameras]), return_inverse=True)
     query_codes, gallery_codes = np.split(codes, [len(labels.query_ids)])
