@@ -18,7 +18,7 @@ from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done, withou
 from experiments.tables.report import markdown_table
 from jlml_jax.checkpoints import with_defaults, write_atomically
 from jlml_jax.errors import UserError, exit_status
-from jlml_jax.evaluate import ACCURACIES, RERANKED, SCORES, TITLES, format_score
+from jlml_jax.evaluate import ACCURACIES, RERANKED, SCORES, TITLES, averaged_over, format_score, without_averaged
 from jlml_jax.train import RESULTS
 
 FOLDER = Path(__file__).parent / "results" / "accuracy"
@@ -87,7 +87,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
              "Market-1501's own code has it, to be set beside the paper's. The reading is in [README.md](README.md)."]
     tables: dict[tuple[str, bool], list[list[str]]] = {}
     for record in records:
-        for row in _means(record["rows"]):
+        for row in without_averaged(record["rows"]):
             key = row["dataset"], bool(record["held_out_identities"])
             tables.setdefault(key, []).append(_line(record, row))
     for (dataset, held_out), lines in sorted(tables.items(), key=lambda item: (item[0][1], item[0][0])):
@@ -103,14 +103,8 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, of several trials' the means alone."""
-    averaged = {(row["dataset"], row["protocol"]) for row in rows if row["trial"] == "mean"}
-    return [row for row in rows if row["trial"] == "mean" or (row["dataset"], row["protocol"]) not in averaged]
-
-
 def _line(record: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    protocol = row["protocol"] + (f", {len(row['trials'])} trials" if row["trial"] == "mean" else "")
+    protocol = row["protocol"] + (f", {averaged}" if (averaged := averaged_over(row)) else "")
     return [record["run"], row.get("trained_on", record["dataset"]), protocol, row["feature"],
             *(format_score(row, score) if score in row else "" for score in _SHOWN)]
 

@@ -315,11 +315,14 @@ def _note(trial: Trial) -> dict[str, str]:
     return {"incomplete": trial.incomplete} if trial.incomplete else {}
 
 
-_NOT_AVERAGED = ("dataset", "protocol", "feature", "normalize", "incomplete")
+_NOT_AVERAGED = ("dataset", "protocol", "feature", "normalize", "incomplete", "trained_on")
 
 
-def mean_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For rows of several trials, those of their means, with sample standard deviations as `SCORE_std`."""
+def mean_rows(rows: Sequence[dict[str, Any]], over: str = "trial") -> list[dict[str, Any]]:
+    """For rows of several trials, those of their means, with sample standard deviations as `SCORE_std`.
+
+    With over="trained_trial" the means are over networks, each trained on another trial, that took the same test.
+    """
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row.get(field) for field in _NOT_AVERAGED), []).append(row)
@@ -327,7 +330,7 @@ def mean_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for group in groups.values():
         if len(group) == 1:
             continue
-        mean = group[0] | {"trial": "mean", "trials": [row["trial"] for row in group]}
+        mean = group[0] | {over: "mean", f"{over}s": [row[over] for row in group]}
         for score in [field for field in group[0] if field.removeprefix(RERANKED) in SCORES]:
             values = [row[score] for row in group]
             mean |= {score: float(np.mean(values)), f"{score}_std": float(np.std(values, ddof=1))}
@@ -335,6 +338,24 @@ def mean_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             mean[count] = float(np.mean([row[count] for row in group]))
         means.append(mean)
     return means
+
+
+def without_averaged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, less those that a mean among them is of."""
+    def test(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["dataset"], row["protocol"], row.get("trained_on", "")
+
+    for over in ("trial", "trained_trial"):
+        averaged = {test(row) for row in rows if row.get(over) == "mean"}
+        rows = [row for row in rows if row.get(over) == "mean" or test(row) not in averaged]
+    return list(rows)
+
+
+def averaged_over(row: dict[str, Any]) -> str:
+    """What a row of means is the mean of, such as 10 trials; nothing of another row."""
+    if "trained_trials" in row:
+        return f"{len(row['trained_trials'])} networks"
+    return f"{len(row['trials'])} trials" if "trials" in row else ""
 
 
 def format_score(row: dict[str, Any], score: str) -> str:
@@ -346,17 +367,16 @@ def format_score(row: dict[str, Any], score: str) -> str:
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as tables in per cent, one for each data set and protocol: of the mean of its trials if there is one."""
     tables = {}
-    for row in rows:
+    for row in without_averaged(rows):
         tables.setdefault((row["dataset"], row["protocol"], row["trial"]), []).append(row)
-    tables = {key: table for key, table in tables.items() if key[2] == "mean" or (*key[:2], "mean") not in tables}
     return "\n\n".join(_format_table(table) for table in tables.values())
 
 
 def _format_table(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     title = f"{first['dataset']}, {first['protocol']}"
-    if first["trial"] == "mean":
-        title += f", mean of {len(first['trials'])} trials and standard deviation"
+    if averaged := averaged_over(first):
+        title += f", mean of {averaged} and standard deviation"
     elif first["trial"]:
         title += f", trial {first['trial']}"
     columns = [column for column in TITLES if column in first]
@@ -365,7 +385,7 @@ def _format_table(rows: Sequence[dict[str, Any]]) -> str:
     if "incomplete" in first:
         title += f"\nan incomplete or degraded copy of the data: {first['incomplete']}"
 
-    width = 14 if first["trial"] == "mean" else 10
+    width = 14 if averaged else 10
     lines = [title, f"{'feature':<20}" + "".join(f"{TITLES[column]:>{width}}" for column in columns)]
     lines += [f"{row['feature']:<20}" + "".join(f"{format_score(row, column):>{width}}" for column in columns)
               for row in rows]

@@ -125,7 +125,7 @@ def _read_results(workdir: Path) -> dict[str, Any] | None:
     together = workdir.absolute().parent / "results.json"
     if workdir.absolute().name.startswith("trial-") and together.exists():
         means = _parse(together, lambda: json.loads(together.read_text())["rows"])
-        results["rows"] = results["rows"] + [row for row in means if row["trial"] == "mean"]
+        results["rows"] = results["rows"] + [row for row in means if row.get("trained_trial", row["trial"]) == "mean"]
     return results
 
 
@@ -162,13 +162,13 @@ def _tables(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         sizes = [("images", "num_images"), ("classes", "num_classes"), ("queries", "num_queries"),
                  ("gallery images", "num_gallery")]
         size = {f"{row[field]:,.10g} {what}": None for what, field in sizes for row in group[:1] if field in row}
-        trials = len({str(row["trial"]) for row in group}) > 1 or group[0]["trial"] == "mean"
+        trials = len({str(row["trial"]) for row in group}) > 1 or any(map(evaluate.averaged_over, group))
         tables.append({
             "title": f"{dataset}, {protocol}" + (f", by the network trained on {trained_on}" if trained_on else ""),
             "size": ", ".join(size), "incomplete": incomplete, "trials": trials,
             "columns": [evaluate.TITLES[column] for column in columns],
-            "rows": [{"trial": f"mean of {len(row['trials'])}" if row["trial"] == "mean" else row["trial"],
-                      "mean": row["trial"] == "mean", "feature": row["feature"],
+            "rows": [{"trial": f"mean of {mean}" if (mean := evaluate.averaged_over(row)) else row["trial"],
+                      "mean": bool(mean), "feature": row["feature"],
                       "normalize": row.get("normalize", ""),
                       "cells": [(row[column], row.get(f"{column}_std")) for column in columns]} for row in group],
         })

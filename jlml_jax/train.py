@@ -388,7 +388,7 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
                      for split in (trial.query, trial.gallery)]
             pictures.ranked_lists(trial, *joint, run.workdir / "ranked.png")
     for tests in run.others:
-        rows += [row | {"trained_on": trial.dataset} for row in evaluate.evaluate_trials(
+        rows += [row | {"trained_on": trial.dataset, "trained_trial": trial.number} for row in evaluate.evaluate_trials(
             tests, evaluate.FeatureCache(extract(trained)), config.evaluate, evaluate.products_on(run.mesh))]
     if rows:
         print(evaluate.format_rows(rows), flush=True)
@@ -412,9 +412,10 @@ def _write_results(workdir: Path, rows: list[dict[str, Any]], source: dict[str, 
 
 def _collect_trials(workdir: Path, source: dict[str, Any]) -> list[dict[str, Any]]:
     """Writes the results of all trials evaluated so far, and their means, into the folder that they are in."""
-    rows = [row for path in sorted(workdir.glob(f"trial-*/{RESULTS}"))
-            for row in json.loads(path.read_text())["rows"] if "trained_on" not in row]
-    means = evaluate.mean_rows(rows)
+    rows = [row for path in sorted(workdir.glob(f"trial-*/{RESULTS}")) for row in json.loads(path.read_text())["rows"]]
+    others = [row for row in rows if "trained_trial" in row]
+    means = evaluate.mean_rows([row for row in rows if "trained_on" not in row])
+    means += evaluate.mean_rows(evaluate.without_averaged(others), over="trained_trial")
     if means:
         print(evaluate.format_rows(means), flush=True)
     _write_results(workdir, rows + means, source)

@@ -97,6 +97,17 @@ def test_other_data_and_people_held_out_are_told_apart(tmp_path, kept):
     assert page.index("## viper") < page.index("held out")
 
 
+def test_of_several_networks_on_other_data_the_mean_is_shown(tmp_path, kept):
+    deviations = {f"{score}_std": 0.02 for score in SCORES}
+    rows = [_row(trial, value=0.7, trained_on="viper", trained_trial=network) for network in (0, 1)
+            for trial in (0, 1, "mean")]
+    rows.append(_row("mean", value=0.6, trained_on="viper", trained_trial="mean", trained_trials=[0, 1]) | deviations)
+    assert accuracy.main([str(_run(tmp_path / "networks", rows))]) == 0
+    page = (kept / "accuracy.md").read_text()
+    assert "| networks | viper | single-query, 2 networks | joint | 60.0 ± 2.0" in page
+    assert "70.0" not in page
+
+
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, kept, capsys):
     assert accuracy.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err

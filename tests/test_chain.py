@@ -173,6 +173,29 @@ def test_trials_are_added_and_resumed_one_by_one(link, tmp_path, capsys):
         load_run(tmp_path / "run")
 
 
+def test_the_results_of_trials_on_other_data_are_collected(link, tmp_path, capsys):
+    config = link("viper", **{"data.trials": "0-1", "evaluate.datasets": "grid,market1501"})
+    rows = train_and_evaluate(config, tmp_path / "run")
+    others = [row for row in rows if row.get("trained_on") == "viper" and row["feature"] == "joint"]
+    alone = [row for row in others if row["trained_trial"] != "mean"]
+    means = [row for row in others if row["trained_trial"] == "mean"]
+    assert {row["trained_trial"] for row in alone} == {0, 1}
+    assert [(row["dataset"], row["protocol"], row["trial"], row["trained_trials"]) for row in means] == [
+        ("grid", "3/3 single-shot", "mean", [0, 1]), ("market1501", "single-query", 0, [0, 1]),
+        ("market1501", "multi-query", 0, [0, 1])]
+    for mean in means:  # over the networks, each with the mean of its own tests
+        values = [row["rank1"] for row in alone
+                  if all(row[field] == mean[field] for field in ("dataset", "protocol", "trial"))]
+        assert len(values) == 2
+        assert mean["rank1"] == pytest.approx(np.mean(values))
+        assert mean["rank1_std"] == pytest.approx(np.std(values, ddof=1))
+    output = capsys.readouterr().out
+    assert output.count("mean of 2 networks and standard deviation") == 3
+    # viper's own mean is of viper's rows alone
+    own, = (row for row in rows if row["trial"] == "mean" and row["feature"] == "joint" and "trained_on" not in row)
+    assert own["dataset"] == "viper" and own["trials"] == [0, 1]
+
+
 def test_what_is_compiled_for_one_trial_serves_the_others(link, tmp_path, monkeypatch):
     traced, step = [], train_step.train_step
     monkeypatch.setattr(train_step, "train_step", lambda *args, **named: traced.append(args) or step(*args, **named))

@@ -159,7 +159,7 @@ def test_the_page_can_be_used_without_seeing_it(page):
 def test_results_are_those_of_the_file_in_per_cent(page):
     cells = [" ".join(text.split()) for _, _, text in page.elements if text.strip()]
     assert cells.count("12.5") == 7 + 6 + 6 and "25.0" in cells and "37.5" in cells
-    assert "mean of 2" in cells and cells.count("± 2.2") == 7
+    assert "mean of 2 trials" in cells and cells.count("± 2.2") == 7
     assert any("half of it <b>" in cell for cell in cells)
     assert "c0ffee, with uncommitted changes" in cells and "jax 9.9" in cells
 
@@ -308,6 +308,20 @@ def test_means_over_trials_are_in_the_report_of_a_trial(tmp_path):
     mean = score_row(trial="mean", trials=[3, 4])
     (tmp_path / "results.json").write_text(json.dumps({"rows": [score_row(trial=4), mean], "provenance": {}}))
     assert [row["trial"] for row in report._read_results(tmp_path / "trial-03")["rows"]] == [3, "mean"]
+
+
+def test_means_over_networks_are_in_the_report_of_a_trial(tmp_path):
+    own = score_row(trial=0, trained_on="viper", trained_trial=3)
+    mean = score_row(trial=0, trained_on="viper", trained_trial="mean", trained_trials=[3, 4])
+    (tmp_path / "trial-03").mkdir()
+    (tmp_path / "trial-03" / "results.json").write_text(json.dumps({"rows": [own], "provenance": {}}))
+    (tmp_path / "results.json").write_text(json.dumps(
+        {"rows": [own, score_row(trial="mean", trials=[0, 1], trained_on="viper", trained_trial=4), mean],
+         "provenance": {}}))
+    rows = report._read_results(tmp_path / "trial-03")["rows"]
+    assert rows == [own, mean]
+    table, = report._tables(rows)
+    assert table["trials"] and [row["trial"] for row in table["rows"]] == [0, "mean of 2 networks"]
 
 
 def test_activation_maps_are_energies_of_the_last_unit_with_cells(tiny_run):
