@@ -19,8 +19,8 @@ Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 class KeptStep:
     """A compiled train step, (state, donated; batch; seed) -> (state, metrics), traced once for all processes.
 
-    Its trace lies in a folder under a name that says all that it depends on. A damaged one is made again; where the
-    folder cannot be written, nothing is kept.
+    Its trace lies in a folder under a name that says all that it depends on, its arguments' shapes included. A damaged
+    one is made again; where the folder cannot be written, nothing is kept.
 
     Only on a CPU and in one process: elsewhere the step is used as it is.
 
@@ -35,16 +35,18 @@ class KeptStep:
         self._step = step
         self._folder = folder
         self._described = [made_of, source["source_sha256"], source["versions"], source["hardware"]]
-        self._call: Step | None = None
+        self._traces: dict[tuple[Any, ...], Step] = {}  # by the arguments' shapes: trials differ in theirs
 
     def __call__(self, state: TrainState, batch: Any, seed: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        if self._call is None:
-            kept = self._folder and jax.default_backend() == "cpu" and jax.process_count() == 1
-            self._call = self._traced(state, batch, seed) if kept else self._step
-        return self._call(state, batch, seed)
+        if not self._folder or jax.default_backend() != "cpu" or jax.process_count() > 1:
+            return self._step(state, batch, seed)
+        leaves, structure = jax.tree.flatten((state, batch, seed))
+        shapes = structure, *(jax.typeof(leaf) for leaf in leaves)
+        if shapes not in self._traces:
+            self._traces[shapes] = self._traced(structure, leaves)
+        return self._traces[shapes](state, batch, seed)
 
-    def _traced(self, *arguments: Any) -> Step:
-        leaves, structure = jax.tree.flatten(arguments)
+    def _traced(self, structure: jax.tree_util.PyTreeDef, leaves: list[jax.Array]) -> Step:
         described = json.dumps([*self._described, str(structure), [str(jax.typeof(leaf)) for leaf in leaves],
                                 {name: str(value) for name, value in jax.config.values.items()
                                  if name != "jax_compilation_cache_dir"}])

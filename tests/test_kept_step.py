@@ -70,6 +70,19 @@ def test_another_step_has_a_trace_of_its_own(smooth_config, cache):
         jax.config.update("jax_default_matmul_precision", None)
 
 
+def test_data_of_another_size_have_a_trace_of_their_own(smooth_config, cache):
+    """One command trains several trials by one step, and CUHK03's have 13,122 images, or some fewer or more."""
+    parts = Parts(smooth_config, 1)
+    step = KeptStep(plain(smooth_config, parts), "a", provenance.collect(), str(cache))
+    fewer = jax.tree.map(lambda rows: rows[:-3], parts.data)
+    expected = [plain(smooth_config, parts)(Parts(smooth_config, 1).state, data, parts.seed)[1]["loss"]
+                for data in (parts.data, fewer)]
+    losses = [step(Parts(smooth_config, 1).state, data, parts.seed)[1]["loss"]
+              for data in (parts.data, fewer, parts.data)]
+    np.testing.assert_allclose(losses, [*expected, expected[0]], rtol=1e-5)
+    assert len(kept_in(cache)) == 2
+
+
 @pytest.mark.parametrize("damage", [lambda kept: kept[:-1], lambda kept: b"", lambda kept: kept[:-1] + b"?"])
 def test_a_damaged_trace_is_made_again(smooth_config, cache, damage):
     source = provenance.collect()
