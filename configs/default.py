@@ -42,6 +42,8 @@ def get_config() -> ConfigDict:
     model.local_feature_dim = 512
     model.feature_norm = False  # BN between the feature fc and the identity fc
     model.feature_relu = False  # ReLU there
+    # 0: identity layers are linear; else logits are this times the cosine of feature and identity weights, such as 30.
+    model.cosine_scale = 0.0
     model.norm_momentum = 0.9
     model.norm_epsilon = 1e-5
 
@@ -49,6 +51,11 @@ def get_config() -> ConfigDict:
     loss.lambda_global = 5e-4  # l2,1 penalty; 0 with the next: without selective feature learning (Table 12)
     loss.lambda_local = 5e-4  # exclusive l1,2 penalty
     loss.label_smoothing = 0.0
+    loss.margin = 0.0  # taken from the true identity's cosine (CosFace, Wang et al. 2018); needs model.cosine_scale
+    # Of the batch-hard triplet loss (Hermans et al. 2017) on each branch's feature, scaled to length 1; 0: none. Needs
+    # train.images_per_identity.
+    loss.triplet_weight = 0.0
+    loss.triplet_margin = 0.3  # of Euclidean distances, which are from 0 to 2
 
     config.optim = optim = ConfigDict()  # Table 4, "Train"
     optim.learning_rate = 0.01
@@ -63,6 +70,9 @@ def get_config() -> ConfigDict:
     config.train = train = ConfigDict()
     train.steps = 50_000
     train.batch_size = 32  # over all devices of all hosts, whose number changes neither it nor the learning rate
+    # 0: an epoch has every image once, in random order. Else batches are of so many images a person, the persons in
+    # random order; one's last images in an epoch are filled up with others of theirs.
+    train.images_per_identity = 0
     # Parts that the batch is computed in, one after another, where it does not fit in memory; gradients are averaged.
     # BN normalises each part by its own statistics and updates the running ones with every part: a smaller batch's BN.
     train.accumulation_steps = 1

@@ -207,7 +207,7 @@ def load_run(workdir: str | Path) -> SavedRun:
 
 
 # Fields of the model that no parameter but those of the identity layers depends on.
-_TRANSFERABLE_FIELDS = ("model.loss", "model.norm_momentum")
+_TRANSFERABLE_FIELDS = ("model.cosine_scale", "model.loss", "model.norm_momentum")
 
 
 def refuse_other_network(run: SavedRun, config: ml_collections.ConfigDict) -> None:

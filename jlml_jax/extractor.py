@@ -22,7 +22,7 @@ from jlml_jax.models import build_model, is_identity_layer
 from jlml_jax.user_images import LoadedImage, UserImage, load_images, printable
 
 # Fields of config.model that say how it was trained, not what it computes.
-_TRAINING_FIELDS = ("loss", "norm_momentum")
+_TRAINING_FIELDS = ("cosine_scale", "loss", "norm_momentum")
 
 _LOOK_ON = 255  # images after a bad one that are read, though not embedded, to name more bad ones at once
 _MAX_SEEN = 1024  # known images handed on at a time

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 4  # at most so many input channels are convolved as patches
@@ -150,6 +151,11 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
         return (x * multiplier + (bias - mean * multiplier)).astype(self.dtype).reshape(shape)
+
+
+def unit_length(x: jax.Array, axis: int) -> jax.Array:
+    """`x` divided by its l2 norm along the axis; zeros stay zeros, with gradient 0."""
+    return x / jnp.maximum(optax.safe_norm(x, 0.0, axis=axis, keepdims=True), 1e-12)
 
 
 def max_pool(x: jax.Array, window: tuple[int, int], strides: tuple[int, int],

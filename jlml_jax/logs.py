@@ -88,8 +88,7 @@ class TrainingLog:
         parts = []
         for head in [name.split("/")[1] for name in means if name.startswith("cross_entropy/")]:
             part = f"{head} {means[f'cross_entropy/{head}']:.3f}"
-            if f"penalty/{head}" in means:
-                part += f" + {means[f'penalty/{head}']:.3f}"
+            part += "".join(f" + {means[name]:.3f}" for name in (f"penalty/{head}", f"triplet/{head}") if name in means)
             parts.append(f"{part} ({100 * means[f'accuracy/{head}']:.1f} %)")
         left = (self._total_steps - done) * self._batch_size / rate if rate else 0.0
         print(f"step {done}/{self._total_steps}  loss {means['loss']:.3f}  {'  '.join(parts)}  "

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from jlml_jax.errors import UserError
-from jlml_jax.layers import BatchNorm, Conv, he_normal, max_pool
+from jlml_jax.layers import BatchNorm, Conv, he_normal, max_pool, unit_length
 from jlml_jax.parallel import BATCH_AXIS
 
 BRANCHES = ("global", "local")
@@ -94,6 +94,18 @@ class Head(nn.Module):
         return nn.relu(x) if self.relu else x
 
 
+class CosineClassifier(nn.Module):
+    """`scale` times the cosine of the feature and each identity's weights: [B, D] -> [B, num_identities]."""
+
+    num_identities: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", he_normal, (x.shape[-1], self.num_identities))
+        return self.scale * (unit_length(x, axis=1) @ unit_length(kernel, axis=0))
+
+
 class JLML(nn.Module):
     """The two-branch network: images float32 [B, H, W, 3], already normalised, to features and identity logits.
 
@@ -117,6 +129,7 @@ class JLML(nn.Module):
     local_feature_dim: int = 512
     feature_norm: bool = False  # BN after the feature fc
     feature_relu: bool = False  # ReLU after it
+    cosine_scale: float = 0.0  # 0: linear identity layers; else `CosineClassifier` of that scale
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
@@ -163,8 +176,9 @@ class JLML(nn.Module):
         if self.num_identities:
             inputs = features if self.loss == "multi" else {"joint": jnp.concatenate(list(features.values()), -1)}
             for name, x in inputs.items():
-                logits[name] = nn.Dense(self.num_identities, kernel_init=he_normal,
-                                        name=name + _IDENTITY)(x)
+                layer = (functools.partial(CosineClassifier, scale=self.cosine_scale) if self.cosine_scale
+                         else functools.partial(nn.Dense, kernel_init=he_normal))
+                logits[name] = layer(self.num_identities, name=name + _IDENTITY)(x)
         return {"features": features, "logits": logits}
 
 

@@ -210,7 +210,8 @@ def _training(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
 
     figures = []
     for title, prefixes, y_label, scale in (
-            ("Cross-entropy", ("cross_entropy",), "nats", 1), ("Loss and penalties", ("loss", "penalty"), "loss", 1),
+            ("Cross-entropy", ("cross_entropy",), "nats", 1),
+            ("Loss and its other terms", ("loss", "penalty", "triplet"), "loss", 1),
             ("Training accuracy", ("accuracy",), "per cent", 100),
             ("Learning rate", ("learning_rate",), "learning rate", 1), ("Gradient", ("gradient_norm",), "norm", 1)):
         if drawn := curves(prefixes, scale):

@@ -26,6 +26,7 @@ from jlml_jax import (
     device_data,
     evaluate,
     input_pipeline,
+    losses,
     optim,
     parallel,
     pictures,
@@ -150,6 +151,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     compute_dtype(config.train.dtype)  # refuses an unknown one
     parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.accumulation_steps)
     parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
+    sampling.check_fields(config.train)
+    losses.check_fields(config.loss, config.model.cosine_scale, config.train.images_per_identity)
     check_input_size(config.data.height, config.data.width, config.model.num_strips)
     evaluate.check_fields(config.evaluate)
     profiling.parse_steps(config.profile)
@@ -333,15 +336,16 @@ def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
     """What the step takes, step by step: the data set itself, or batches decoded by tf.data."""
     data, train, images, labels = run.config.data, run.config.train, run.trial.train, run.trial.labels()
     size = images.training_size(data.height, data.width)
+    groups = sampling.identity_groups(labels, train.images_per_identity)
     if data.loader == "device":
-        placed = device_data.place(images, labels, *size, run.mesh)
+        placed = device_data.place(images, labels, *size, run.mesh, groups)
         while True:
             yield placed
     rows = parallel.process_slice(train.batch_size)
     indices, to_decode = itertools.tee(
         sampling.device_rows(batch, run.mesh.size, train.accumulation_steps).reshape(-1)[rows]
         for batch in sampling.training_batches(
-            run.config.seed, first_step, train.steps, len(images), train.batch_size))
+            run.config.seed, first_step, train.steps, len(images), train.batch_size, groups))
     decoded = input_pipeline.decode_batches(images, to_decode, *size)
     for batch, batch_images in zip(indices, decoded, strict=True):
         yield parallel.shard_batch((batch_images, labels[batch].astype(np.int32)), run.mesh)

@@ -75,6 +75,7 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
             outputs, updates = model.apply({"params": params, "batch_stats": batch_stats}, part_images, train=True,
                                            mutable=["batch_stats"])
             loss, terms = losses.jlml_loss(outputs, params, part_labels, num_strips=config.model.num_strips,
+                                           cosine_scale=config.model.cosine_scale, axis_name=BATCH_AXIS,
                                            **config.loss)
             return loss, (terms, updates["batch_stats"])
 

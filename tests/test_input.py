@@ -1,4 +1,5 @@
 import builtins
+import contextlib
 import dataclasses
 import functools
 import io
@@ -89,6 +90,55 @@ def test_batches_are_a_function_of_seed_and_step():
     traced = jax.jit(lambda step: sampling.batch_indices(0, step, 26, 8))
     for step, indices in enumerate(whole):
         np.testing.assert_array_equal(traced(jnp.int32(step)), indices)
+
+
+PERSONS = np.array([3, 0, 0, 2, 0, 3, 0, 2, 2, 0, 3, 2, 2, 3, 0, 5])  # 6, 4, 5 and 1 images; nobody is 1 or 4
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_batches_of_groups_of_a_person(size):
+    """Of every epoch: groups of one person, every image in one, and no more groups than that takes."""
+    groups = sampling.identity_groups(PERSONS, size)
+    numbers = [-(-np.count_nonzero(person == PERSONS) // size) for person in (0, 2, 3, 5)]
+    assert groups.places.shape == (sum(numbers), size)
+    epochs = []
+    for number in range(4):
+        order = np.asarray(sampling.epoch_order(0, number, len(PERSONS), groups)).reshape(-1, size)
+        labels = PERSONS[order]
+        assert (labels == labels[:, :1]).all()
+        assert dict(zip(*np.unique(labels[:, 0], return_counts=True), strict=True)) == dict(
+            zip((0, 2, 3, 5), numbers, strict=True))
+        assert set(order.ravel()) == set(range(len(PERSONS)))
+        epochs.append(order)
+    for one, other in itertools.combinations(epochs, 2):
+        assert not np.array_equal(one, other)
+        assert {frozenset(group) for group in one} != {frozenset(group) for group in other}
+
+
+def test_batches_of_groups_are_a_function_of_seed_and_step():
+    groups = sampling.identity_groups(PERSONS, 2)
+    assert sampling.steps_per_epoch(len(PERSONS), 4, groups) == 4  # 9 groups of 2
+    draw = functools.partial(sampling.training_batches, num_images=len(PERSONS), batch_size=4, groups=groups)
+    whole = list(draw(0, 0, 10))
+    for ours, theirs in zip(draw(0, 5, 10), whole[5:], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    traced = jax.jit(lambda step, groups: sampling.batch_indices(0, step, len(PERSONS), 4, groups))
+    for step, indices in enumerate(whole):
+        np.testing.assert_array_equal(traced(jnp.int32(step), groups), indices)
+    assert not np.array_equal(np.stack(whole), np.stack(list(draw(1, 0, 10))))
+
+
+@pytest.mark.parametrize("batch, parts, images, message", [
+    (32, 1, 1, "must be 0.*or at least 2"), (32, 1, -4, "must be 0"),
+    (32, 1, 3, "does not divide the 32 images of a batch; give a divisor of it, such as 2"),
+    (32, 2, 32, "does not divide the 16 images of a batch part; give a divisor of it, such as 16"),
+    (32, 1, 0, ""), (32, 8, 4, ""),
+])
+def test_groups_that_the_batch_does_not_divide_into_are_refused(batch, parts, images, message):
+    train = default.get_config().train
+    train.batch_size, train.accumulation_steps, train.images_per_identity = batch, parts, images
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        sampling.check_fields(train)
 
 
 def test_a_batch_larger_than_the_set_is_refused():

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlml_jax.losses import cross_entropy, exclusive_l12_norm, jlml_loss, l21_norm
+from configs import default
+from jlml_jax.errors import UserError
+from jlml_jax.losses import batch_hard_triplet, check_fields, cross_entropy, exclusive_l12_norm, jlml_loss, l21_norm
 
 STRIPS = 4
 
@@ -195,3 +197,96 @@ def test_the_penalties_gradient_reaches_the_feature_layers_and_weight_0_turns_it
         np.testing.assert_allclose(gradient(0.5)[f"{branch}_head"]["fc"]["kernel"], 0.5 * reference(kernel)[1],
                                    rtol=1e-5)
         np.testing.assert_array_equal(gradient(0.0)[f"{branch}_head"]["fc"]["kernel"], 0)
+
+
+# --- beyond the paper
+
+def reference_triplet(features, labels, margin):
+    """Batch-hard over all images, in float64, an image at a time."""
+    unit = np.asarray(features, np.float64)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    losses = []
+    for anchor, label in enumerate(labels):
+        distances = np.linalg.norm(unit - unit[anchor], axis=1)
+        positives = [distances[i] for i in range(len(labels)) if labels[i] == label and i != anchor]
+        negatives = [distances[i] for i in range(len(labels)) if labels[i] != label]
+        losses.append(max(0.0, margin + max(positives) - min(negatives)) if positives and negatives else 0.0)
+    return np.mean(losses)
+
+
+def triplet_features(seed=0, size=(12, 7)):
+    return np.random.default_rng(seed).normal(size=size).astype(np.float32)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], [4, 4, 4, 4, 4, 4, 9, 9, 9, 9, 1, 2],
+                                    [7] * 12, list(range(12))])
+@pytest.mark.parametrize("margin", [0.0, 0.3, 1.5])
+def test_triplets_against_float64(labels, margin):
+    labels = np.array(labels)
+    value, gradient = jax.jit(jax.value_and_grad(batch_hard_triplet))(triplet_features(), labels, margin)
+    np.testing.assert_allclose(value, reference_triplet(triplet_features(), labels, margin), rtol=1e-5, atol=1e-7)
+    step = 1e-5 * np.random.default_rng(1).normal(size=(12, 7))
+    moved = [reference_triplet(triplet_features() + sign * step, labels, margin) for sign in (1, -1)]
+    np.testing.assert_allclose((gradient * step).sum(), (moved[0] - moved[1]) / 2, rtol=1e-3, atol=1e-9)
+
+
+def test_a_triplet_knows_no_scale():
+    labels = np.repeat(np.arange(4), 3)
+    one, other = (batch_hard_triplet(scale * triplet_features(), labels, 0.3) for scale in (1, 1e3))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_equal_features_and_zeros_have_a_finite_gradient():
+    features = np.repeat(triplet_features(size=(3, 7)), 2, axis=0)
+    features[2:4] = 0
+    gradient = jax.grad(batch_hard_triplet)(features, np.array([0, 0, 1, 1, 2, 2]), 0.3)
+    assert np.isfinite(gradient).all()
+
+
+def test_triplets_are_looked_for_on_all_devices():
+    labels = np.array([0, 0, 1, 1, 1, 1, 2, 3])  # split between four devices, a person's images lie on several
+    features = triplet_features(size=(8, 7))
+    mapped = jax.pmap(functools.partial(batch_hard_triplet, axis_name="batch"), axis_name="batch",
+                      in_axes=(0, 0, None), devices=jax.devices()[:4])
+    values = mapped(features.reshape(4, 2, 7), labels.reshape(4, 2), 0.3)
+    np.testing.assert_allclose(values.mean(), reference_triplet(features, labels, 0.3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_margin_is_taken_from_the_true_cosine(smoothing):
+    outputs, params, labels = inputs(["global", "local"])
+    loss, terms = jlml_loss(outputs, params, labels, lambda_global=0.0, lambda_local=0.0, num_strips=STRIPS,
+                            label_smoothing=smoothing, margin=0.2, cosine_scale=30.0)
+    for head in ("global", "local"):
+        logits = np.array(outputs["logits"][head], np.float64)
+        hits = (logits.argmax(axis=1) == labels).mean()
+        logits[np.arange(6), labels] -= 0.2 * 30
+        np.testing.assert_allclose(terms[f"cross_entropy/{head}"], reference_cross_entropy(logits, labels, smoothing),
+                                   rtol=1e-5)
+        np.testing.assert_allclose(terms[f"accuracy/{head}"], hits, rtol=1e-6)  # of the cosines as they are
+
+
+def test_triplets_are_a_term_a_branch():
+    outputs, params, labels = inputs(["global", "local"])
+    outputs["features"] = {"global": triplet_features(1, (6, 7)), "local": triplet_features(2, (6, 7))}
+    given = functools.partial(jlml_loss, outputs, params, labels, lambda_global=1e-3, lambda_local=1e-3,
+                              num_strips=STRIPS)
+    loss, terms = given(triplet_weight=0.5, triplet_margin=0.3)
+    for branch, features in outputs["features"].items():
+        expected = 0.5 * reference_triplet(features, labels, 0.3)
+        np.testing.assert_allclose(terms[f"triplet/{branch}"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, given()[0] + terms["triplet/global"] + terms["triplet/local"], rtol=1e-6)
+    assert terms["triplet/global"] > 0 and not any(name.startswith("triplet") for name in given()[1])
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"margin": 0.2}, "loss.margin=0.2 .*--config.model.cosine_scale"),
+    ({"triplet_weight": 1.0}, "loss.triplet_weight=1.0 .*--config.train.images_per_identity"),
+])
+def test_a_loss_without_what_it_needs_is_refused(fields, message):
+    loss = default.get_config().loss
+    check_fields(loss, 0.0, 0)
+    loss.update(fields)
+    with pytest.raises(UserError, match=message):
+        check_fields(loss, 0.0, 0)
+    check_fields(loss, 30.0, 4)

@@ -180,6 +180,18 @@ def test_other_image_sizes(size, strips):
     assert outputs["features"]["local"].shape == (1, 512)
 
 
+def test_cosine_identity_layers():
+    model = JLML(7, depth=1, stem_features=4, global_widths=(4, 8), local_widths=(4, 8), num_strips=2,
+                        global_feature_dim=6, local_feature_dim=6, cosine_scale=30.0)
+    variables = init_variables(model, 0, 16, 8)
+    outputs = model.apply(variables, np.random.default_rng(0).normal(size=(5, 16, 8, 3)).astype(np.float32))
+    for head in ("global", "local"):
+        assert variables["params"][f"{head}_identity"].keys() == {"kernel"}
+        feature, kernel = outputs["features"][head], variables["params"][f"{head}_identity"]["kernel"]
+        lengths = np.linalg.norm(feature, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
+        np.testing.assert_allclose(outputs["logits"][head], 30 * (feature @ kernel) / lengths, rtol=1e-4, atol=1e-5)
+
+
 def test_no_identities_no_identity_layers():
     variables, outputs, _ = shallow()
     assert outputs["logits"] == {}

@@ -257,6 +257,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(tiny_config, tmp_pa
     ("data.trials", "1", "data.trials='1' is not among the trials, 0 to 0"),
     ("data.loader", "torch", "data.loader='torch' is unknown"),
     ("model.loss", "triplet", "model.loss='triplet' is unknown"),
+    ("loss.margin", 0.2, "loss.margin=0.2 is taken from a cosine"),
+    ("loss.triplet_weight", 1.0, "loss.triplet_weight=1.0 compares images of a person"),
+    ("train.images_per_identity", 3, "train.images_per_identity=3 does not divide the 8 images of a batch"),
     ("optim.schedule", "poly", "optim.schedule='poly' is unknown"),
     ("evaluate.normalize", "l2", "evaluate.normalize='l2' is unknown"),
 ])

@@ -23,8 +23,9 @@ class Parts:
         self.protocol = protocols.load(config.data.name, config.data).trial(0)
         self.model = models.build_model(config, len(self.protocol.identities()))
         self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
+        groups = sampling.identity_groups(self.protocol.labels(), config.train.images_per_identity)
         self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
-                          self.mesh)
+                          self.mesh, groups)
         self.state = train_step.init_state(config, self.model, self.optimizer, self.mesh)
 
 
@@ -46,6 +47,19 @@ def test_four_devices_compute_what_one_does(smooth_config):
     moved = [np.abs(b - a).max() for a, b in zip(
         jax.tree.leaves(Parts(smooth_config, 1).state.params), jax.tree.leaves(four.params), strict=True)]
     assert max(moved) > 1e-3  # or the comparison would say nothing
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_four_devices_compute_what_one_does_with_what_is_beyond_the_paper(smooth_config, parts):
+    """Triplets are looked for in the batch (or its part) of all devices, whose features depend on one another."""
+    smooth_config.update_from_flattened_dict({
+        "model.cosine_scale": 30.0, "loss.margin": 0.1, "loss.triplet_weight": 1.0, "loss.triplet_margin": 1.5,
+        "train.images_per_identity": 2, "train.accumulation_steps": parts})
+    (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)
+    for a, b in zip(one_metrics, four_metrics, strict=True):
+        assert_close_trees(a, b)
+        assert a["triplet/global"] > 0 and a["triplet/local"] > 0
+    assert_close_trees(one, four)
 
 
 def test_the_optimizer_starts_as_optax_has_it(smooth_config):
