@@ -28,7 +28,6 @@ from jlml_jax.errors import UserError
 _CHUNK_DISTANCES = 6 << 20  # that one thread holds at a time (24 MiB as float32)
 _MIN_CHUNK = 16  # queries; fewer would read a block of the gallery too often
 _ROWS_AT_ONCE = 32  # of distances, which then stay in the cache, in calls long enough for other threads not to wait
-_MOST_COUNTED = 64  # bounds of a row; for more of them a sort is faster
 
 
 class _Labels(NamedTuple):
@@ -295,22 +294,15 @@ def _score(
 
 def _count_at_most(values: np.ndarray, bounds: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """For each row of `values`, [n, B], how many of it are at most each of its bounds, ascending and at least one."""
-    flags = np.zeros((_ROWS_AT_ONCE, -(-values.shape[1] // 64) * 64), bool)
     for start in range(0, len(values), _ROWS_AT_ONCE):
         part, of_part = values[start:start + _ROWS_AT_ONCE], bounds[start:start + _ROWS_AT_ONCE]
-        most = max(map(len, of_part))
-        if most > _MOST_COUNTED:
-            yield from (row.searchsorted(own, "right") for row, own in zip(np.sort(part, axis=1), of_part, strict=True))
-            continue
-        counts, at_most = np.empty((len(part), most), np.int64), flags[:len(part)]
-        padded = np.zeros((len(part), most), values.dtype)
-        for row, own in zip(padded, of_part, strict=True):
-            row[:len(own)] = own
-        for j in range(most):
-            np.less_equal(part, padded[:, j:j + 1], out=at_most[:, :values.shape[1]])
-            bits = np.packbits(at_most, axis=1).view(np.uint64)
-            counts[:, j] = np.bitwise_count(bits).sum(axis=1, dtype=np.int64)
-        yield from (row[:len(own)] for row, own in zip(counts, of_part, strict=True))
+        # What is farther than a person's last true match is not sorted: of what a trained network ranks most.
+        near = part <= np.array([own[-1] for own in of_part])[:, None]
+        ends = np.count_nonzero(near, axis=1).cumsum()
+        values_near = part.ravel()[np.flatnonzero(near)]  # a third of the time that part[near] takes
+        for row, own in zip(np.split(values_near, ends[:-1]), of_part, strict=True):
+            row.sort()
+            yield row.searchsorted(own, "right")
 
 
 def _blocks(labels: _Labels, columns: np.ndarray, rows: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
