@@ -178,7 +178,9 @@ def test_the_parts_of_a_batch_do_not_depend_on_the_devices(smooth_config):
     assert_close_trees(one, four)
 
 
-def test_both_loaders_take_the_same_parts(tiny_config, tmp_path):
+@pytest.mark.parametrize("images_per_identity", [0, 2])
+def test_both_loaders_take_the_same_parts(tiny_config, tmp_path, images_per_identity):
+    tiny_config.train.images_per_identity = images_per_identity
     parts = Parts(tiny_config, 4)
     tiny_config.data.loader, tiny_config.train.accumulation_steps = "tf_data", 2
     draw = functools.partial(device_data.draw, seed=tiny_config.seed, step=0, batch_size=8,
@@ -189,7 +191,8 @@ def test_both_loaders_take_the_same_parts(tiny_config, tmp_path):
                            optimizer=parts.optimizer, make_step=None, make_forward=None)
     _, labels = next(train._batches(run, 0))
     np.testing.assert_array_equal(labels, drawn)
-    in_order = parts.protocol.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8)]
+    in_order = parts.protocol.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8,
+                                                              parts.data.groups)]
     assert labels.tolist() != in_order.tolist()  # device by device, not part by part
 
 
@@ -221,6 +224,7 @@ def test_the_step_lowers_for_accelerators(smooth_config, platform):
     """As they run it: the vendor's layers, bfloat16, several steps a dispatch, all that augments. No device needed."""
     smooth_config.train.dtype = "bfloat16"
     smooth_config.augment.update(color_jitter=0.2, erasing_probability=0.5)
+    smooth_config.loss.triplet_weight, smooth_config.train.images_per_identity = 1.0, 2
     parts = Parts(smooth_config, 4)
     step = train_step.make_train_step(smooth_config, parts.model.clone(native=True), parts.optimizer, parts.mesh,
                                       from_device_data=True, num_steps=5)
