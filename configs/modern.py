@@ -4,7 +4,8 @@ JLML's network and losses, trained from the weights of Tiny-ImageNet-200 (--conf
 what has become usual since. Judged on held-out people at a small scale (experiments/results/README.md): by three seeds
 the start, which takes the spread over seeds away, the penalties' weights, normalisation, flip-averaging and label
 smoothing, which costs rank-1 there; by one seed the other ingredients. What counts there is the length of training and
-of pre-training, and the input's size: 256x128 gains over this one, which a CPU can afford. Whatever is not set here is
+of pre-training, and the input's size: 256x128 gains over this one, which a CPU can afford. A triplet loss gains in a
+second run that starts from a first one, and loses before that, so that it is not set here. Whatever is not set here is
 as the paper has it.
 """
 
