@@ -35,18 +35,19 @@ class KeptStep:
         self._step = step
         self._folder = folder
         self._described = [made_of, source["source_sha256"], source["versions"], source["hardware"]]
-        self._traces: dict[tuple[Any, ...], Step] = {}  # by the arguments' shapes: trials differ in theirs
+        self._traces: dict[tuple[Any, ...], Step] = {}  # by the batch's shapes, in which trials differ
 
     def __call__(self, state: TrainState, batch: Any, seed: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         if not self._folder or jax.default_backend() != "cpu" or jax.process_count() > 1:
             return self._step(state, batch, seed)
-        leaves, structure = jax.tree.flatten((state, batch, seed))
-        shapes = structure, *(jax.typeof(leaf) for leaf in leaves)
+        leaves, structure = jax.tree.flatten(batch)
+        shapes = structure, *map(jax.typeof, leaves)
         if shapes not in self._traces:
-            self._traces[shapes] = self._traced(structure, leaves)
+            self._traces[shapes] = self._traced(state, batch, seed)
         return self._traces[shapes](state, batch, seed)
 
-    def _traced(self, structure: jax.tree_util.PyTreeDef, leaves: list[jax.Array]) -> Step:
+    def _traced(self, *arguments: Any) -> Step:
+        leaves, structure = jax.tree.flatten(arguments)
         described = json.dumps([*self._described, str(structure), [str(jax.typeof(leaf)) for leaf in leaves],
                                 {name: str(value) for name, value in jax.config.values.items()
                                  if name != "jax_compilation_cache_dir"}])

@@ -41,9 +41,10 @@ def check_fields(train: ml_collections.ConfigDict) -> None:
         raise UserError(f"train.images_per_identity={images} must be 0, for images in random order, or at least 2")
     part = train.batch_size // train.accumulation_steps
     if images and part % images:
+        nearest = min((divisor for divisor in range(2, part + 1) if part % divisor == 0),
+                      key=lambda divisor: abs(divisor - images), default=0)
         raise UserError(f"train.images_per_identity={images} does not divide the {part} images of a batch"
-                        + (" part" if train.accumulation_steps > 1 else "") + "; give a divisor of it, such as "
-                        + str(max(divisor for divisor in range(1, images) if part % divisor == 0)))
+                        + (" part" if train.accumulation_steps > 1 else "") + f"; give such as {nearest}")
 
 
 def steps_per_epoch(num_images: int, batch_size: int, groups: IdentityGroups | None = None) -> int:
