@@ -182,7 +182,7 @@ def test_other_image_sizes(size, strips):
 
 def test_cosine_identity_layers():
     model = JLML(7, depth=1, stem_features=4, global_widths=(4, 8), local_widths=(4, 8), num_strips=2,
-                        global_feature_dim=6, local_feature_dim=6, cosine_scale=30.0)
+                 global_feature_dim=6, local_feature_dim=6, cosine_scale=30.0)
     variables = init_variables(model, 0, 16, 8)
     outputs = model.apply(variables, np.random.default_rng(0).normal(size=(5, 16, 8, 3)).astype(np.float32))
     for head in ("global", "local"):
