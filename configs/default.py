@@ -8,6 +8,7 @@ def get_config() -> ConfigDict:
     config.name = "default"  # the run's folder is runs/NAME unless --workdir is given
     config.seed = 0
     config.init_from = ""  # folder of a run whose weights to start from, all but the identity layers; empty: none
+    config.keep_identity_layers = False  # start from these, too: for a further run on the same people
 
     config.data = data = ConfigDict()
     data.name = "synthetic_pedestrians"  # several joined by +: trained on together, without a test

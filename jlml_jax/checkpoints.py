@@ -206,14 +206,13 @@ def load_run(workdir: str | Path) -> SavedRun:
     return SavedRun(workdir, config, label_map, step, variables)
 
 
-# Fields of the model that no parameter but those of the identity layers depends on.
-_TRANSFERABLE_FIELDS = ("model.cosine_scale", "model.loss", "model.norm_momentum")
-
-
 def refuse_other_network(run: SavedRun, config: ml_collections.ConfigDict) -> None:
-    """A UserError if the weights of `run`, apart from the identity layers, are not those of `config.model`."""
+    """A UserError if the weights of `run` that are taken over are not those of `config.model`."""
+    independent = {"model.norm_momentum"}  # fields that none of these weights depends on
+    if not config.keep_identity_layers:
+        independent |= {"model.cosine_scale", "model.loss"}
     old, new = ({name: value for name, value in flatten({"model": json.loads(c.to_json())["model"]}).items()
-                 if name not in _TRANSFERABLE_FIELDS} for c in (run.config, config))
+                 if name not in independent} for c in (run.config, config))
     if differing := _differences(old, new):
         raise UserError(f"init_from={run.workdir} is a run of another network: {', '.join(differing)}; give the same "
                         "fields, or another run")

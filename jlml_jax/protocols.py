@@ -287,6 +287,16 @@ def label_map(trial: Trial, parent: dict[str, Any] | None) -> dict[str, Any]:
             "init_from": parent}
 
 
+def refuse_other_people(parent: dict[str, Any], label_map: dict[str, Any]) -> None:
+    """A UserError if the identity layers of a run with label map `parent` tell others apart than those of a new run."""
+    if parent["identities"] != label_map["identities"]:
+        ours, theirs = (sum(len(identities) for identities in one["identities"].values())
+                        for one in (label_map, parent))
+        raise UserError(f"keep_identity_layers=True, but init_from was trained on other people: {theirs} of "
+                        f"{parent['dataset']} there, {ours} of {label_map['dataset']} here; leave it False, and the "
+                        "identity layers are new")
+
+
 def refuse_trained_on(trial: Trial, trained: dict[str, Any] | None) -> None:
     """A UserError if a run with label map `trained`, or one that it started from, saw test identities of `trial`."""
     if trial.query is None:

@@ -218,10 +218,14 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
     sampling.steps_per_epoch(len(trial.train), config.train.batch_size)  # refuses too large a batch
     model = build_model(config, len(trial.identities()))
     initial = load_run(config.init_from) if config.init_from and not begun else None
+    if config.keep_identity_layers and not config.init_from:
+        raise UserError("keep_identity_layers=True needs a run to take them from: give init_from, too")
     if initial:
         refuse_other_network(initial, config)
     parent = load_label_map(workdir)["init_from"] if begun else initial.label_map if initial else None
     label_map = protocols.label_map(trial, parent)
+    if initial and config.keep_identity_layers:
+        protocols.refuse_other_people(initial.label_map, label_map)
     for test in [trial, *(test for tests in others for test in tests)]:
         protocols.refuse_trained_on(test, label_map)
     return _Run(asked, config, workdir, trial, others, mesh, model, initial=initial, label_map=label_map, **of_command)
@@ -267,7 +271,8 @@ def _announce(run: _Run) -> None:
         print(f"an incomplete or degraded copy of the data: {trial.incomplete}", flush=True)
     if run.initial:
         print(f"weights of {run.initial.workdir}, step {run.initial.step}, trained on "
-              f"{run.initial.label_map['dataset']}; the identity layers are new", flush=True)
+              f"{run.initial.label_map['dataset']}; the identity layers are "
+              f"{'kept' if run.config.keep_identity_layers else 'new'}", flush=True)
     elif trial.query is not None and run.label_map["init_from"] is None and namespace(trial.dataset) in PAPER_DATASETS:
         print("no pre-trained weights were given, so the network starts from random ones (the paper pre-trains): give "
               "a run's folder with --config.init_from, such as that of configs/imagenet.py", flush=True)

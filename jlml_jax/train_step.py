@@ -37,10 +37,15 @@ Batch = DeviceData | tuple[jax.Array, jax.Array]  # a data set to draw from, or 
 
 def init_state(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,
                mesh: Mesh, initial: SavedRun | None = None) -> TrainState:
-    """The state before the first step, replicated over the mesh; all but the identity layers from `initial`."""
+    """The state before the first step, replicated over the mesh.
+
+    Weights are those of `initial` if it is given: all but the identity layers, or with `config.keep_identity_layers`
+    all.
+    """
     variables = init_variables(model, config.seed, config.data.height, config.data.width)
     if initial:
-        taken = {name: layer for name, layer in initial.variables["params"].items() if not is_identity_layer(name)}
+        taken = {name: layer for name, layer in initial.variables["params"].items()
+                 if config.keep_identity_layers or not is_identity_layer(name)}
         variables = {"params": variables["params"] | taken, "batch_stats": initial.variables["batch_stats"]}
     # SGD's momentum starts from zeros, and optax would place them one by one: seconds of every start.
     opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
