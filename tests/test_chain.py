@@ -139,6 +139,20 @@ def test_weights_arrive_link_by_link(link, runs, pretrained, both, capsys):
     assert load_run(runs / "market").label_map["init_from"] == load_run(pretrained).label_map
 
 
+def test_a_further_run_on_the_same_people_keeps_their_identity_layers(link, tmp_path, capsys):
+    train_and_evaluate(link("market1501", **{"optim.learning_rate": 0.1}), tmp_path / "first", "train")
+    further = {"keep_identity_layers": True, "optim.learning_rate": 0.0, "seed": 1, "data.height": 32}
+    train_and_evaluate(link("market1501", tmp_path / "first", **further), tmp_path / "further", "train")
+    assert f"weights of {tmp_path / 'first'}, step 2, trained on market1501; the identity layers are kept" in (
+        capsys.readouterr().out)
+    theirs, ours = (leaves(load_run(tmp_path / name).variables["params"], identity=True)
+                    for name in ("first", "further"))
+    assert theirs.keys() == ours.keys() and "['global_identity']['kernel']" in ours
+    assert all(np.array_equal(leaf, theirs[name]) for name, leaf in ours.items())
+    with pytest.raises(UserError, match=r"init_from=.*/first is a run of another network: model.loss \('multi' there"):
+        train_and_evaluate(link("market1501", tmp_path / "first", **further, **{"model.loss": "uni"}), tmp_path / "uni")
+
+
 def test_a_run_does_without_the_one_it_started_from(link, runs, tmp_path, pretrained):
     parent = tmp_path / "parent"
     pretrained.rename(parent)
@@ -243,6 +257,8 @@ def test_people_seen_earlier_in_the_chain_are_refused(link, tmp_path, both):
 @pytest.mark.parametrize(("fields", "message"), [
     ({"model.depth": 2}, r"is a run of another network: model.depth \(1 there, 2 here\)"),
     ({"init_from": "nowhere"}, "nowhere is not a run's folder"),
+    ({"keep_identity_layers": True}, "trained on other people: 3 of tiny_imagenet there, 4 of market1501 here"),
+    ({"keep_identity_layers": True, "init_from": ""}, "keep_identity_layers=True needs a run to take them from"),
 ])
 def test_a_run_that_cannot_be_started_from_is_refused(link, tmp_path, pretrained, fields, message):
     with pytest.raises(UserError, match=message):
