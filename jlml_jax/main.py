@@ -29,7 +29,8 @@ from jlml_jax import parallel
 from jlml_jax.errors import UserError
 from jlml_jax.train import MODES, train_and_evaluate
 
-_DEFAULT_CONFIG = str(Path(configs.__file__).parent / "synthetic.py")
+_CONFIGS = Path(configs.__file__).parent
+_DEFAULT_CONFIG = str(_CONFIGS / "synthetic.py")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config; configs/synthetic.py if not given.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/NAME, NAME being the config's name.")
 _MODE = flags.DEFINE_enum("mode", MODES[0], MODES, "What to do.")
@@ -39,9 +40,20 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 _JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 60, "Seconds within which all processes must have started.")
 
 
+def _refuse_missing(path: str) -> None:
+    """A UserError if there is no config at `path`, where absl would tell of how it looked for one."""
+    if not Path(path).exists():
+        names = ", ".join(sorted(config.name for config in _CONFIGS.glob("[a-z]*.py")))
+        raise UserError(f"there is no config {path!r} here; {_CONFIGS} has {names}")
+
+
 def _command() -> None:
     arguments = sys.argv[1:]
-    if not any(argument.split("=")[0] in ("--config", "-config") for argument in arguments):
+    given = [number for number, argument in enumerate(arguments) if argument.split("=")[0] in ("--config", "-config")]
+    for number in given:
+        path = arguments[number].partition("=")[2] or "".join(arguments[number + 1:number + 2])
+        _refuse_missing(path.partition(":")[0])  # what follows a colon is the config's argument
+    if not given:
         arguments.insert(0, f"--config={_DEFAULT_CONFIG}")
     try:
         extra = flags.FLAGS([sys.argv[0], *arguments])[1:]
