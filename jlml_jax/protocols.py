@@ -289,12 +289,13 @@ def label_map(trial: Trial, parent: dict[str, Any] | None) -> dict[str, Any]:
 
 def refuse_other_people(parent: dict[str, Any], label_map: dict[str, Any]) -> None:
     """A UserError if the identity layers of a run with label map `parent` tell others apart than those of a new run."""
-    if parent["identities"] != label_map["identities"]:
+    # Of data sets that are trained on together the order counts, too: it is that of the classes.
+    if list(parent["identities"].items()) != list(label_map["identities"].items()):
         ours, theirs = (sum(len(identities) for identities in one["identities"].values())
                         for one in (label_map, parent))
-        raise UserError(f"keep_identity_layers=True, but init_from was trained on other people: {theirs} of "
-                        f"{parent['dataset']} there, {ours} of {label_map['dataset']} here; leave it False, and the "
-                        "identity layers are new")
+        raise UserError("keep_identity_layers=True, but init_from was trained on other people, or in another order: "
+                        f"{theirs} of {parent['dataset']} there, {ours} of {label_map['dataset']} here; leave it "
+                        "False, and the identity layers are new")
 
 
 def refuse_trained_on(trial: Trial, trained: dict[str, Any] | None) -> None:

@@ -257,7 +257,7 @@ def test_people_seen_earlier_in_the_chain_are_refused(link, tmp_path, both):
 @pytest.mark.parametrize(("fields", "message"), [
     ({"model.depth": 2}, r"is a run of another network: model.depth \(1 there, 2 here\)"),
     ({"init_from": "nowhere"}, "nowhere is not a run's folder"),
-    ({"keep_identity_layers": True}, "trained on other people: 3 of tiny_imagenet there, 4 of market1501 here"),
+    ({"keep_identity_layers": True}, "or in another order: 3 of tiny_imagenet there, 4 of market1501 here"),
     ({"keep_identity_layers": True, "init_from": ""}, "keep_identity_layers=True needs a run to take them from"),
 ])
 def test_a_run_that_cannot_be_started_from_is_refused(link, tmp_path, pretrained, fields, message):

@@ -287,6 +287,14 @@ def test_a_union_of_sets_in_two_views(config):
     assert Counter(trial.labels().tolist()) == dict.fromkeys(range(11), 2)
 
 
+def test_identity_layers_are_those_of_the_same_people_in_the_same_order(config):
+    one, same, other = (protocols.label_map(trials_of(name, config)[0], None)
+                        for name in ("viper+grid", "viper+grid", "grid+viper"))
+    protocols.refuse_other_people(json.loads(json.dumps(one)), same)
+    with pytest.raises(UserError, match="or in another order: 11 of viper.grid there, 11 of grid.viper here"):
+        protocols.refuse_other_people(one, other)
+
+
 def test_own_data_may_be_for_training_or_for_the_test_alone(config):
     trial, = trials_of("folder/train_only", config)
     assert trial.query is trial.gallery is None
