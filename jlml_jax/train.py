@@ -148,6 +148,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         raise UserError(f"seed={config.seed} is not a whole number from 0 to {2**32 - 1}")
     if config.train.accumulation_steps < 1:
         raise UserError(f"train.accumulation_steps={config.train.accumulation_steps} is less than 1")
+    if config.keep_identity_layers and not config.init_from:
+        raise UserError("keep_identity_layers=True needs a run to take them from: give init_from, too")
     compute_dtype(config.train.dtype)  # refuses an unknown one
     parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.accumulation_steps)
     parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
@@ -218,8 +220,6 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
     sampling.steps_per_epoch(len(trial.train), config.train.batch_size)  # refuses too large a batch
     model = build_model(config, len(trial.identities()))
     initial = load_run(config.init_from) if config.init_from and not begun else None
-    if config.keep_identity_layers and not config.init_from:
-        raise UserError("keep_identity_layers=True needs a run to take them from: give init_from, too")
     if initial:
         refuse_other_network(initial, config)
     parent = load_label_map(workdir)["init_from"] if begun else initial.label_map if initial else None
