@@ -229,6 +229,20 @@ def init_variables(model: nn.Module, seed: int, height: int, width: int) -> dict
     return jax.tree_util.tree_map_with_path(draw, variable_shapes(model, height, width))
 
 
+def count_operations(model: nn.Module, height: int, width: int) -> float | None:
+    """Floating-point operations of an evaluation forward of one image, as XLA counts them; None where it cannot.
+
+    They are counted for the host's processor: for an accelerator JAX counts only what is compiled, in its own form.
+    """
+    try:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            forward = jax.jit(model.apply).lower(variable_shapes(model, height, width),
+                                                 jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32))
+            return (forward.cost_analysis() or {}).get("flops")
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        return None
+
+
 @functools.cache
 def variable_shapes(model: nn.Module, height: int, width: int) -> dict[str, Any]:
     """The shapes and types of `params` and `batch_stats`."""

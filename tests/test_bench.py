@@ -10,7 +10,7 @@ import pytest
 
 from configs import default
 from experiments.bench import __main__ as command
-from experiments.bench import floor
+from experiments.bench import crops, end_to_end, floor
 from experiments.bench.timing import ratio_of
 from jlml_jax.models import build_model
 
@@ -73,3 +73,13 @@ def test_both_do_the_same_work(benchmark):
     result = measure(height=64, width=32, batch_size=4, dtype="float32", repeats=1)
     assert result["over_torch"]["median"] > 0
     assert np.isfinite(list(result["images_per_second"].values())).all()
+
+
+def test_a_run_is_measured_from_end_to_end(tiny_config, monkeypatch):
+    monkeypatch.setattr(crops, "NUM_IMAGES", 64)
+    monkeypatch.setattr(default, "get_config", tiny_config.copy_and_resolve_references)
+    result = end_to_end.bench_end_to_end(height=64, width=32, batch_size=4, dtype="float32", repeats=2)
+    rates = result["images_per_second"]
+    assert rates.keys() == {"bare", "end to end"} and result["images"] == 64
+    assert all(low <= rates[name] <= high for name, (low, high) in result["spread"].items())
+    assert result["of_bare"] == rates["end to end"] / rates["bare"]

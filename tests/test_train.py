@@ -34,6 +34,22 @@ def test_several_steps_in_one_dispatch_are_the_same_steps(smooth_config, tmp_pat
     assert_close_trees(final_state(smooth_config, tmp_path / "1"), final_state(smooth_config, tmp_path / "2"))
 
 
+def test_a_run_as_an_accelerator_has_it(smooth_config, tmp_path, monkeypatch, capsys):
+    """In bfloat16, with layers as Flax has them, several steps a dispatch and dispatches ahead, no operations counted.
+
+    Each of these is tested by itself; together, on a real GPU, they once ended every run before its first step.
+    """
+    smooth_config.train.steps, smooth_config.log_every, smooth_config.checkpoint_every = 8, 2, 4
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
+    rows = train_and_evaluate(smooth_config, tmp_path)
+    assert "step 8/8" in capsys.readouterr().out
+    assert {row["feature"] for row in rows} == {"global", "local", "joint"}
+    assert all(0 < row["mean_ap"] <= 1 for row in rows)
+    losses = [line["loss"] for line in lines_of(tmp_path)]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(128, 64), (160, 64)])
 def test_both_loaders_train_alike(smooth_config, tmp_path, size):

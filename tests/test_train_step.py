@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import os
 import re
+from unittest import mock
 
 import jax
 import numpy as np
@@ -84,6 +85,25 @@ def test_the_network_is_printed_with_its_operations(capsys):
     assert f"in all{number:>26,}\n" in printed
     operations = float(printed.split(" floating-point operations an image of 224x224")[0].split()[-1])
     assert operations == pytest.approx(1.49e9, rel=0.02)  # as `python -m experiments.tables --table=13` counts
+
+
+@pytest.mark.parametrize("missing", ["no count", "no CPU"])
+def test_the_network_is_printed_where_nothing_counts_operations(tiny_config, capsys, monkeypatch, missing):
+    """JAX gives None for what is lowered for a GPU or a TPU, and has no CPU where JAX_PLATFORMS does not name it."""
+    if missing == "no count":
+        monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
+    else:
+        monkeypatch.setattr(jax, "local_devices", mock.Mock(side_effect=RuntimeError("Unknown backend cpu")))
+    train.print_model(models.build_model(tiny_config, 4), tiny_config)
+    printed = capsys.readouterr().out
+    assert "in all" in printed and "operations" not in printed
+
+
+def test_operations_are_counted_for_the_hosts_processor(tiny_config, monkeypatch):
+    placed = mock.Mock(wraps=jax.default_device)
+    monkeypatch.setattr(jax, "default_device", placed)
+    assert models.count_operations(models.build_model(tiny_config, 4), 32, 16) > 0
+    placed.assert_called_once_with(jax.local_devices(backend="cpu")[0])
 
 
 def test_the_norm_is_that_of_all_leaves():

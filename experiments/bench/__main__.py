@@ -1,6 +1,7 @@
-"""Benchmarks: python -m experiments.bench train|forward|towers|input|evaluate|galleries|start [--json=FILE]
+"""Benchmarks: python -m experiments.bench NAME [--json=FILE]
 
-train, forward and input are measured against PyTorch: pip install -e '.[bench]'.
+NAME is train, end_to_end, forward, towers, input, evaluate, galleries or start. train, forward and input are measured
+against PyTorch: pip install -e '.[bench]'.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from jlml_jax.errors import UserError, exit_status
 # The function of experiments/bench that measures it, and the options that it takes.
 BENCHMARKS = {
     "train": ("train_step.bench_train", ("height", "width", "batch_size", "dtype", "repeats")),
+    "end_to_end": ("end_to_end.bench_end_to_end", ("height", "width", "batch_size", "dtype", "repeats")),
     "forward": ("forward.bench_forward", ("height", "width", "batch_size", "dtype", "repeats")),
     "towers": ("towers.bench_towers", ("height", "width", "batch_size", "dtype", "repeats")),
     "input": ("input_rate.bench_input", ("height", "width", "batch_size", "repeats")),

@@ -5,33 +5,18 @@ does all but the decoding on the device, here a CPU, as in training.
 """
 
 import collections
-import io
 
 import jax
 import numpy as np
-from PIL import Image
 
 from configs import default
 from experiments.bench import torch_peer
+from experiments.bench.crops import crops
 from experiments.bench.timing import ratio_of, time_in_turn
 from jlml_jax import augment, input_pipeline
 from jlml_jax.datasets.base import Split
 
-_NUM_IMAGES, _CROP_PADDING, _WORKERS = 2_048, 10, 2
-_QUALITY, _TEXTURE = 90, 4  # of JPEG; standard deviation of the texture, in levels
-
-
-def crops(number: int = _NUM_IMAGES) -> list[bytes]:
-    """JPEG crops of 128x64: blurred colours under a fine texture."""
-    rng = np.random.default_rng(0)
-    encoded = []
-    for _ in range(number):
-        colours = Image.fromarray(rng.integers(0, 256, (8, 4, 3), np.uint8)).resize((64, 128), Image.Resampling.BICUBIC)
-        textured = np.asarray(colours) + rng.normal(0, _TEXTURE, (128, 64, 1))
-        file = io.BytesIO()
-        Image.fromarray(textured.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=_QUALITY)
-        encoded.append(file.getvalue())
-    return encoded
+_CROP_PADDING, _WORKERS = 10, 2
 
 
 def bench_input(height: int, width: int, batch_size: int, repeats: int) -> dict:

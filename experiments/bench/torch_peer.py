@@ -20,6 +20,7 @@ from torch import nn
 from jlml_jax.models import JLML
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.benchmark = True  # shapes do not change: the fastest of cuDNN's ways is searched for
 
 
 class ResidualUnit(nn.Module):
@@ -130,9 +131,11 @@ def penalties(network: TorchJLML) -> tuple[torch.Tensor, torch.Tensor]:
     return network.global_head.fc.weight.norm(dim=0).sum(), strips.abs().sum(2).square().sum()
 
 
-def forwards(model: JLML, variables: Mapping[str, Any], images: np.ndarray, data: ml_collections.ConfigDict, dtype: str
-             ) -> dict[str, Callable[[], dict[str, np.ndarray]]]:
+def forwards(model: JLML, variables: Mapping[str, Any], images: np.ndarray, data: ml_collections.ConfigDict, dtype: str,
+             at_once: int) -> dict[str, Callable[[], dict[str, np.ndarray]]]:
     """Calls that give the features of `images` uint8 [B, H, W, 3] by branch, as one would write them in PyTorch.
+
+    Each computes them `at_once` times, and then waits for the device.
 
     Eager, and on a GPU compiled too; channels last; with `dtype` bfloat16 under autocast.
     """
@@ -144,7 +147,8 @@ def forwards(model: JLML, variables: Mapping[str, Any], images: np.ndarray, data
             return network(normalise(placed, data))[0]
 
     def fetched(way):
-        features = way(placed)
+        for _ in range(at_once):
+            features = way(placed)
         _wait()
         return features
 
@@ -214,14 +218,17 @@ class Trainer:
         l21, l12 = penalties(self.network)
         return loss + self.config.loss.lambda_global * l21 + self.config.loss.lambda_local * l12
 
-    def step(self) -> float:
-        """The loss before the update, of a batch drawn from the images."""
+    def steps(self, number: int) -> float:
+        """So many steps, each of a batch drawn from the images; the loss of the first, before its update."""
+        return torch.stack([self._step() for _ in range(number)]).tolist()[0]
+
+    def _step(self) -> torch.Tensor:
         indices = torch.randperm(len(self.images), device=DEVICE)[:self.config.train.batch_size]
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.images[indices], self.labels[indices])
         loss.backward()
         self.optimizer.step()
-        return loss.item()
+        return loss.detach()
 
 
 def trainers(model: JLML, variables: Mapping[str, Any], images: np.ndarray, labels: np.ndarray,

@@ -1,10 +1,10 @@
-"""The train step against the same network of plain nn.Conv, nn.BatchNorm and nn.max_pool, and in PyTorch.
+"""The train step against the same network in PyTorch and, on a CPU, of plain nn.Conv, nn.BatchNorm and nn.max_pool.
 
-The same weights and the same loss, step by step in turn, so that a noisy machine slows all alike.
+The same weights and the same loss, in turn, so that a noisy machine slows all alike: step by step on a CPU; elsewhere
+several steps at a time, as `main` gives them to the device, PyTorch waited for at the end of as many.
 """
 
-import contextlib
-import time
+import functools
 from unittest import mock
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import default
 from experiments.bench import floor, torch_peer
-from experiments.bench.timing import NUM_IDENTITIES, ratio_of, time_in_turn
+from experiments.bench.timing import NUM_IDENTITIES, bare_step, ratio_of, steps_at_once, time_in_turn
 from jlml_jax import models, optim, parallel, train_step
 from jlml_jax.device_data import DeviceData
 
@@ -54,7 +54,7 @@ class PlainBatchNorm(nn.Module):
 
 
 def bench_train(height: int, width: int, batch_size: int, dtype: str, repeats: int) -> dict:
-    """Images a second of our step, of plain Flax layers and of PyTorch's ways, ratios, pair by pair, and the floor.
+    """Images a second of our step, of PyTorch's ways and of plain Flax layers, ratios, pair by pair, and the floor.
 
     Every batch is the same `batch_size` images in another order, and nothing is random, so that all ways have the same
     loss in their first step.
@@ -62,50 +62,38 @@ def bench_train(height: int, width: int, batch_size: int, dtype: str, repeats: i
     config = default.get_config()
     config.data.height, config.data.width = height, width
     config.train.batch_size, config.train.dtype, config.augment.flip = batch_size, dtype, False
-    mesh = parallel.make_mesh(jax.devices()[:1])
-    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch_size, height, width, 3), np.uint8)
     labels = rng.integers(0, NUM_IDENTITIES, batch_size, np.int32)
-    data, seed = parallel.replicate((DeviceData(images, labels), np.uint32(config.seed)), mesh)
     ours = models.build_model(config, NUM_IDENTITIES)
-    plain_layers = mock.patch.multiple(models, Conv=PlainConv, BatchNorm=PlainBatchNorm)
-    compile_seconds = {}
+    on_cpu = jax.default_backend() == "cpu"
+    num_steps = steps_at_once()
+    compile_seconds, ways = {}, {}
+    ways["ours"], compile_seconds["ours"] = bare_step(config, images, labels, num_steps)
+    if on_cpu:  # elsewhere ours are plain layers
+        with mock.patch.multiple(models, Conv=PlainConv, BatchNorm=PlainBatchNorm):
+            ways["plain"], compile_seconds["plain"] = bare_step(config, images, labels, num_steps, native=True)
 
-    def stepper(name, model, layers):
-        state = train_step.init_state(config, model, optimizer, mesh)
-        start = time.perf_counter()
-        with layers:
-            step = train_step.make_train_step(config, model, optimizer, mesh, from_device_data=True)
-            step = step.lower(state, data, seed).compile()
-        compile_seconds[name] = time.perf_counter() - start
-
-        def next_loss():
-            nonlocal state
-            state, metrics = step(state, data, seed)
-            return float(metrics["loss"])
-
-        return next_loss
-
-    native_step = train_step.make_train_step(config, ours.clone(native=True), optimizer, mesh, from_device_data=True)
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    optimizer = optim.make_optimizer(config.optim, config.train.steps)
     work = floor.count_work(
-        native_step.__wrapped__, train_step.init_state(config, ours, optimizer, mesh), data, seed)
-    ways = {"ours": stepper("ours", ours, contextlib.nullcontext()),
-            "plain": stepper("plain", ours.clone(native=True), plain_layers)}
+        train_step.make_train_step(config, ours.clone(native=True), optimizer, mesh, from_device_data=True).__wrapped__,
+        train_step.init_state(config, ours, optimizer, mesh), DeviceData(images, labels), np.uint32(config.seed))
     variables = models.init_variables(ours, config.seed, height, width)
-    ways |= {name: trainer.step for name, trainer in
+    ways |= {name: functools.partial(trainer.steps, num_steps) for name, trainer in
              torch_peer.trainers(ours, variables, images, labels, config).items()}
     losses = {name: way() for name, way in ways.items()}
     for name, loss in losses.items():  # it is the same work
         np.testing.assert_allclose(loss, losses["ours"], rtol=1e-4 if dtype == "float32" else 2e-2, err_msg=name)
-    seconds = time_in_turn(ways, repeats)
+    seconds = {name: [value / num_steps for value in values] for name, values in time_in_turn(ways, repeats).items()}
     best = min((name for name in seconds if name.startswith("torch")), key=lambda name: np.median(seconds[name]))
     return {
         "height": height, "width": width, "batch_size": batch_size, "dtype": dtype, "repeats": repeats,
+        "steps_at_once": num_steps,
         "seconds_a_step": {name: float(np.median(values)) for name, values in seconds.items()},
         "images_per_second": {name: float(batch_size / np.median(values)) for name, values in seconds.items()},
         "compile_seconds": compile_seconds, "first_loss": losses,
-        "over_plain": ratio_of(seconds["plain"], seconds["ours"]),
+        **({"over_plain": ratio_of(seconds["plain"], seconds["ours"])} if on_cpu else {}),
         "best_of_torch": best, "over_torch": ratio_of(seconds[best], seconds["ours"]),
         "floor": floor.floor_of(work, dtype, float(np.median(seconds["ours"]))),
     }
