@@ -75,6 +75,7 @@ def test_both_do_the_same_work(benchmark):
     assert np.isfinite(list(result["images_per_second"].values())).all()
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_from_end_to_end(tiny_config, monkeypatch):
     monkeypatch.setattr(crops, "NUM_IMAGES", 64)
     monkeypatch.setattr(default, "get_config", tiny_config.copy_and_resolve_references)
