@@ -235,12 +235,13 @@ def count_operations(model: nn.Module, height: int, width: int) -> float | None:
     They are counted for the host's processor: for an accelerator JAX counts only what is compiled, in its own form.
     """
     try:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            forward = jax.jit(model.apply).lower(variable_shapes(model, height, width),
-                                                 jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32))
-            return (forward.cost_analysis() or {}).get("flops")
+        host = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
         return None
+    with jax.default_device(host):
+        forward = jax.jit(model.apply).lower(variable_shapes(model, height, width),
+                                             jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32))
+        return (forward.cost_analysis() or {}).get("flops")
 
 
 @functools.cache

@@ -164,11 +164,15 @@ def make_train_step(config: ml_collections.ConfigDict, model: nn.Module, optimiz
         donate_argnums=0, compiler_options=parallel.compiler_options())
 
 
+def most_steps_per_dispatch() -> int:
+    """Where `train.steps_per_dispatch` is 0: a CPU gains nothing, as a step takes it far longer than a dispatch."""
+    return 1 if jax.default_backend() == "cpu" else 25
+
+
 def steps_per_dispatch(config: ml_collections.ConfigDict, first_step: int) -> int:
     """How many steps the device takes at a time, so that reports, checkpoints and the end fall between dispatches."""
     if config.data.loader != "device":
         return 1
-    # A CPU gains nothing, as a step takes it far longer than a dispatch.
-    most = config.train.steps_per_dispatch or (1 if jax.default_backend() == "cpu" else 25)
+    most = config.train.steps_per_dispatch or most_steps_per_dispatch()
     common = math.gcd(config.log_every, config.checkpoint_every, config.train.steps, first_step)
     return max(number for number in range(1, most + 1) if common % number == 0)

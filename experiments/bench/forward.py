@@ -8,7 +8,7 @@ import numpy as np
 
 from configs import default
 from experiments.bench import floor, torch_peer
-from experiments.bench.timing import NUM_IDENTITIES, ratio_of, steps_at_once, time_in_turn
+from experiments.bench.timing import NUM_IDENTITIES, ratio_of, time_in_turn
 from jlml_jax import evaluate, models, parallel, train_step
 
 
@@ -22,8 +22,7 @@ def bench_forward(height: int, width: int, batch_size: int, dtype: str, repeats:
     images = np.random.default_rng(0).integers(0, 256, (batch_size, height, width, 3), np.uint8)
     forward = evaluate.make_forward(model, config, mesh)
     placed = parallel.replicate(variables, mesh), parallel.shard_batch(images, mesh)
-
-    at_once = steps_at_once()
+    at_once = train_step.most_steps_per_dispatch()
 
     def ours():
         for _ in range(at_once):

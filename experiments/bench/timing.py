@@ -30,11 +30,6 @@ def ratio_of(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]
     return {"median": float(np.median(ratios)), "minimum": float(ratios.min()), "maximum": float(ratios.max())}
 
 
-def steps_at_once() -> int:
-    """How many train steps, or evaluation forwards, are timed as one: of a CPU one, elsewhere a dispatch of `main`."""
-    return 1 if jax.default_backend() == "cpu" else 25
-
-
 def bare_step(config: ml_collections.ConfigDict, images: np.ndarray, labels: np.ndarray, num_steps: int,
               native: bool | None = None) -> tuple[Callable[[], float], float]:
     """Our train step on the first device, `num_steps` steps a call, each of a batch of `images` (uint8) that lie there.

@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import default
 from experiments.bench import floor, torch_peer
-from experiments.bench.timing import NUM_IDENTITIES, bare_step, ratio_of, steps_at_once, time_in_turn
+from experiments.bench.timing import NUM_IDENTITIES, bare_step, ratio_of, time_in_turn
 from jlml_jax import models, optim, parallel, train_step
 from jlml_jax.device_data import DeviceData
 
@@ -67,10 +67,10 @@ def bench_train(height: int, width: int, batch_size: int, dtype: str, repeats: i
     labels = rng.integers(0, NUM_IDENTITIES, batch_size, np.int32)
     ours = models.build_model(config, NUM_IDENTITIES)
     on_cpu = jax.default_backend() == "cpu"
-    num_steps = steps_at_once()
+    num_steps = train_step.most_steps_per_dispatch()
     compile_seconds, ways = {}, {}
     ways["ours"], compile_seconds["ours"] = bare_step(config, images, labels, num_steps)
-    if on_cpu:  # elsewhere ours are plain layers
+    if on_cpu:  # elsewhere of our layers BN alone is another one
         with mock.patch.multiple(models, Conv=PlainConv, BatchNorm=PlainBatchNorm):
             ways["plain"], compile_seconds["plain"] = bare_step(config, images, labels, num_steps, native=True)
 
