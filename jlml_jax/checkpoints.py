@@ -163,13 +163,12 @@ class SavedRun:
     variables: dict[str, Any]  # params and batch_stats, NumPy arrays
 
 
-def load_run(workdir: str | Path) -> SavedRun:
-    """The config, the label map and the latest whole weights of the run in `workdir`, to use them elsewhere.
+def read_description(workdir: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """The config and the label map of the run in `workdir`; fields that came after it have their defaults.
 
     Raises:
-        UserError: there is no run, it has no checkpoint yet, or none of them is whole.
+        UserError: there is no run, or one of the two is damaged.
     """
-    workdir = Path(workdir)
     trials = sorted(path.parent.name for path in workdir.glob(f"trial-*/{_LABEL_MAP}"))
     if trials:
         raise UserError(f"{workdir} holds several trials; give one of them, such as {workdir / trials[0]}")
@@ -185,6 +184,17 @@ def load_run(workdir: str | Path) -> SavedRun:
                         "that jlml_jax.main has made") from error
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{workdir} has a damaged {_CONFIG} or {_LABEL_MAP} ({error}); train again") from error
+    return config, label_map
+
+
+def load_run(workdir: str | Path) -> SavedRun:
+    """The config, the label map and the latest whole weights of the run in `workdir`, to use them elsewhere.
+
+    Raises:
+        UserError: there is no run, it has no checkpoint yet, or none of them is whole.
+    """
+    workdir = Path(workdir)
+    config, label_map = read_description(workdir)
     if not has_checkpoint(workdir):
         raise UserError(f"{workdir} has no checkpoint yet; train it first")
     step, damaged = _latest_whole(workdir)

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax import export as jax_export
-from PIL import Image
 
 from jlml_jax import parallel, provenance
 from jlml_jax.augment import normalise
@@ -77,7 +76,7 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
     run = load_run(workdir)
     # By default GPUs and TPUs multiply with 10 bits of mantissa or fewer, which misses the tolerance by itself.
     with jax.default_matmul_precision("highest"):
-        images = _drawn_crops(max(BATCH_SIZES), run.config.data)
+        images = synthetic_drawing.draw_crops(max(BATCH_SIZES), run.config.data.height, run.config.data.width)
         expected = _features_of_run(run, images)
         if not np.isfinite(expected).all():
             raise UserError(f"{workdir} gives features that are not finite; its weights are unusable: train again")
@@ -201,14 +200,6 @@ def _trained_on(label_map: dict[str, Any] | None) -> list[dict[str, str]]:
     if label_map is None:
         return []
     return [{key: label_map[key] for key in ("dataset", "fingerprint")}, *_trained_on(label_map["init_from"])]
-
-
-def _drawn_crops(count: int, data: ml_collections.ConfigDict) -> np.ndarray:
-    """Drawn people at the run's input size, uint8 [count, H, W, 3]."""
-    drawn = [synthetic_drawing.draw_image(0, identity, 1 + identity % synthetic_drawing.NUM_CAMERAS, 0)
-             for identity in range(1, count + 1)]
-    return np.stack([Image.fromarray(pixels).resize((data.width, data.height), Image.Resampling.BILINEAR)
-                     for pixels in drawn])
 
 
 def _as_input(images: np.ndarray, signature: str, data: ml_collections.ConfigDict) -> np.ndarray:

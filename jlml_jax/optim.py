@@ -17,7 +17,7 @@ def learning_rate_schedule(optim: ml_collections.ConfigDict, total_steps: int) -
         def schedule(step):  # in integers: a compiled floor(step / decay_every) of optax's can come a step late
             return optim.learning_rate * jax.numpy.power(optim.decay_factor, step // optim.decay_every)
     elif optim.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(optim.learning_rate, total_steps)
+        schedule = optax.cosine_decay_schedule(optim.learning_rate, max(total_steps, 1))  # 0: nothing is trained
     else:
         raise UserError(f"optim.schedule={optim.schedule!r} is unknown; known are step, cosine")
     if not optim.warmup_steps:

@@ -48,6 +48,7 @@ from jlml_jax.checkpoints import (
     set_aside_damaged,
     write_atomically,
 )
+from jlml_jax.config_ranges import check_ranges
 from jlml_jax.datasets.base import Split, refuse_address
 from jlml_jax.errors import UserError, storage_errors_told
 from jlml_jax.kept_step import KeptStep
@@ -144,10 +145,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     code = {field: source[field] for field in ("commit", "source_sha256", "versions")}
     parallel.refuse_differing(flatten({"config": json.loads(config.to_json())} | code)
                               | {"--workdir": str(workdir), "--mode": mode})
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed={config.seed} is not a whole number from 0 to {2**32 - 1}")
-    if config.train.accumulation_steps < 1:
-        raise UserError(f"train.accumulation_steps={config.train.accumulation_steps} is less than 1")
+    check_ranges(config)
     if config.keep_identity_layers and not config.init_from:
         raise UserError("keep_identity_layers=True needs a run to take them from: give init_from, too")
     compute_dtype(config.train.dtype)  # refuses an unknown one

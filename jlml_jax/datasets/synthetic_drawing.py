@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from PIL import Image
 
 from jlml_jax.datasets.synthetic_people import (
     BLACK,
@@ -73,6 +74,12 @@ CAMERAS = (
 def draw_image(seed: int, identity: int, camera: int, index: int) -> np.ndarray:
     """Image `index` (0 and up) of a person (1 and up) by a camera (1 to 6): uint8 [128, 64, 3], a pure function."""
     return draw_person(draw_identity(seed, identity), camera, (seed, 1, identity, camera, index))
+
+
+def draw_crops(count: int, height: int, width: int) -> np.ndarray:
+    """An image each of `count` people, resized as in training: uint8 [count, height, width, 3]. To try a network on."""
+    drawn = [draw_image(0, identity, 1 + identity % NUM_CAMERAS, 0) for identity in range(1, count + 1)]
+    return np.stack([Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR) for pixels in drawn])
 
 
 def draw_person(person: Identity, camera: int, key: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,109 @@
+"""Packs a finished run into one file, to hand it on: half the weights' bytes, nothing of its images or its training."""
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+# XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import numpy as np
+
+from jlml_jax import calibration, parallel
+from jlml_jax.checkpoints import flatten, load_run, write_atomically
+from jlml_jax.datasets import synthetic_drawing
+from jlml_jax.errors import UserError, exit_status
+from jlml_jax.extractor import Extractor
+
+FORMAT = 1
+# Members of the archive; weights are arrays of NumPy's format, by their dotted paths.
+ABOUT, CONFIG, LABEL_MAP, RESULTS, WEIGHTS = "about.json", "config.json", "label_map.json", "results.json", "weights/"
+TOLERANCE = 1e-2  # of the features, relative to their norm
+_CROPS = 5
+
+_EXAMPLE = """The file is a zip archive of the config, the label map, the results, the thresholds if calibrate has
+measured them for these very weights, and the weights, matrices and kernels in float16: by how much that moves the
+features of drawn people is told. python -m jlml_jax.unpack makes a run's folder of it.
+
+example:
+  python -m jlml_jax.pack --workdir=runs/market1501 --output=market1501.zip
+"""
+
+
+def pack(workdir: str | Path, output: str | Path) -> None:
+    """Writes the run in `workdir` to the file `output`.
+
+    Raises:
+        UserError: the run does not load or has not ended, `output` cannot be written, or float16 is too coarse for
+            these weights. Nothing is written then.
+    """
+    output = Path(output).expanduser()
+    run = load_run(workdir)
+    if run.step < run.config.train.steps:
+        raise UserError(f"{workdir} is at step {run.step} of {run.config.train.steps}; train it to its end first")
+    packed = jax.tree.map(_rounded, run.variables)
+    mesh = parallel.make_mesh(jax.local_devices()[:1])
+    before, after = (Extractor(dataclasses.replace(run, variables=variables), mesh)
+                     for variables in (run.variables, jax.tree.map(np.float32, packed)))
+    error = _difference(before, after)
+    if not error <= TOLERANCE:  # also where it is NaN
+        raise UserError(f"the weights of {workdir} do not fit into float16: features would differ by {error:.1e} of "
+                        f"their norm, {TOLERANCE:.0e} is allowed; hand on the run's folder itself")
+    try:
+        calibrated = calibration.load_verdicts(run.workdir, after) is not None
+    except UserError:
+        calibrated = False
+        print(f"{calibration.FILE} is left out, as it is not of the rounded weights: to hand on thresholds, unpack the "
+              "file, calibrate that run, and pack it")
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(ABOUT, json.dumps({"format": FORMAT, "step": run.step}))
+        archive.writestr(CONFIG, run.config.to_json(indent=1))
+        archive.writestr(LABEL_MAP, json.dumps(run.label_map))
+        if (run.workdir / RESULTS).exists():
+            archive.write(run.workdir / RESULTS, RESULTS)
+        if calibrated:
+            archive.write(run.workdir / calibration.FILE, calibration.FILE)
+        for name, array in flatten(packed).items():
+            with archive.open(f"{WEIGHTS}{name}.npy", "w") as member:
+                np.save(member, array, allow_pickle=False)
+    try:
+        write_atomically(output, content.getvalue())
+    except OSError as failure:
+        raise UserError(f"cannot write --output={output} ({failure.strerror}); give another, or make room") from failure
+    print(f"wrote {output}, {content.tell() / 1e6:.1f} MB, from step {run.step} of {workdir}\n"
+          f"its features of {_CROPS} drawn people are the run's to {error:.1e} of their norm")
+
+
+def _rounded(array: np.ndarray) -> np.ndarray:
+    """Vectors, such as BN's statistics, are few bytes and may be of any size."""
+    return array.astype(np.float16) if array.ndim > 1 else array
+
+
+def _difference(before: Extractor, after: Extractor) -> float:
+    """The largest distance between their features of the same drawn people, relative to the former's norm."""
+    crops = synthetic_drawing.draw_crops(_CROPS, before.height, before.width)
+    ours, theirs = before(crops), after(crops)
+    return float(np.max(np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(ours, axis=1)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command with `arguments` (None: the process's own); returns its exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m jlml_jax.pack", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of a trained run")
+    parser.add_argument("--output", required=True, metavar="FILE", help="what to write, or to replace")
+    options = parser.parse_args(arguments)
+    return exit_status(lambda: pack(options.workdir, options.output))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Handing a run on: what goes into the file and what comes out, and files that are none."""
+
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+
+from jlml_jax import calibrate, load_extractor, pack, unpack
+from jlml_jax.checkpoints import flatten, load_run
+from jlml_jax.datasets import synthetic_drawing
+from jlml_jax.train import train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_run, tmp_path_factory):
+    """The file of `tiny_run`; to be read only."""
+    file = tmp_path_factory.mktemp("packed") / "tiny.zip"
+    pack.pack(tiny_run, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def unpacked(packed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpacked") / "theirs"
+    unpack.unpack(folder, packed)
+    return folder
+
+
+def error_of(capsys, command, *arguments):
+    assert command.main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def rewritten(packed, file, change):
+    """A copy of the archive whose members, {name: bytes}, `change` has changed."""
+    with zipfile.ZipFile(packed) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file
+
+
+def test_weights_are_the_runs_to_half_precision(tiny_run, unpacked):
+    before, after = load_run(tiny_run), load_run(unpacked)
+    assert after.step == before.step == 12
+    assert after.config == before.config and after.label_map == before.label_map
+    ours, theirs = flatten(before.variables), flatten(after.variables)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        assert theirs[name].dtype == np.float32
+        np.testing.assert_array_equal(theirs[name], array.astype(np.float16) if array.ndim > 1 else array)
+    assert any((theirs[name] != array).any() for name, array in ours.items())
+
+
+def test_features_are_the_runs(unpacked, tiny_extractor):
+    extractor = load_extractor(unpacked)
+    crops = synthetic_drawing.draw_crops(3, extractor.height, extractor.width)
+    ours, theirs = tiny_extractor(crops), extractor(crops)
+    distances = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(ours, axis=1)
+    assert 0 < distances.max() < 2e-3
+    assert extractor.fingerprint != tiny_extractor.fingerprint
+
+
+def test_the_folder_is_that_of_a_finished_run(unpacked, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unpacked, folder)
+    config = load_run(folder).config
+    config.evaluate.picture = False
+    rows = train_and_evaluate(config, folder)
+    assert "is finished: 12 steps" in capsys.readouterr().out
+    assert rows[-1]["feature"] == "joint"
+    config.init_from, config.optim.schedule, config.train.steps = str(folder), "cosine", 0
+    assert train_and_evaluate(config, tmp_path / "untrained") == rows  # no step: evaluated as it is
+    config.train.steps = config.log_every = config.checkpoint_every = 2
+    train_and_evaluate(config, tmp_path / "further", "train")
+    assert load_run(tmp_path / "further").label_map["init_from"] == load_run(folder).label_map
+
+
+def test_packing_again_changes_nothing(packed, unpacked, tmp_path):
+    pack.pack(unpacked, tmp_path / "again.zip")
+    with zipfile.ZipFile(packed) as before, zipfile.ZipFile(tmp_path / "again.zip") as after:
+        assert before.namelist() == after.namelist()
+        for name in before.namelist():
+            assert before.read(name) == after.read(name)
+
+
+def test_thresholds_go_along_where_they_are_of_these_weights(tiny_run, unpacked, tmp_path, capsys):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    shutil.copytree(tiny_run, ours)
+    shutil.copytree(unpacked, theirs)
+    for folder, kept in ((ours, False), (theirs, True)):
+        calibrate.calibrate(folder)
+        (folder / "results.json").write_text("{}")
+        capsys.readouterr()
+        pack.pack(folder, tmp_path / "file.zip")
+        assert ("calibration.json is left out" in capsys.readouterr().out) is not kept
+        unpack.unpack(tmp_path / f"{folder.name} again", tmp_path / "file.zip")
+        files = {path.name for path in (tmp_path / f"{folder.name} again").iterdir()}
+        assert files == {"checkpoints", "config.json", "label_map.json", "results.json"} | (
+            {"calibration.json"} if kept else set())
+
+
+def test_a_run_that_has_not_ended_is_refused(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["train"]["steps"] = 13
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert "at step 12 of 13" in error_of(capsys, pack, f"--workdir={tmp_path / 'run'}",
+                                          f"--output={tmp_path / 'file.zip'}")
+    assert not (tmp_path / "file.zip").exists()
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(tiny_run, tmp_path, monkeypatch, capsys):
+    run = load_run(tiny_run)
+    # Each row of a product that many times as large, and the next layer's statistics with it.
+    run.variables["params"]["global_head"]["fc"]["kernel"] *= np.float32(1e7)
+    monkeypatch.setattr(pack, "load_run", lambda workdir: run)
+    with np.errstate(over="ignore"):
+        error = error_of(capsys, pack, f"--workdir={tiny_run}", f"--output={tmp_path / 'file.zip'}")
+    assert "float16" in error or "not finite" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written(tiny_run, tmp_path, capsys):
+    assert "cannot write --output" in error_of(capsys, pack, f"--workdir={tiny_run}",
+                                               f"--output={tmp_path / 'nowhere' / 'file.zip'}")
+
+
+def test_a_folder_that_is_there_is_refused(packed, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert "is there already" in error_of(capsys, unpack, f"--workdir={tmp_path / 'run'}", f"--file={packed}")
+
+
+def _drop_config(members):
+    del members["config.json"]
+
+
+def _other_format(members):
+    members["about.json"] = b'{"format": 2, "step": 12}'
+
+
+def _other_shape(members):
+    kernel, bias = (next(name for name in members if name.endswith(end)) for end in ("kernel.npy", "bias.npy"))
+    members[kernel] = members[bias]
+
+
+def _lost_weight(members):
+    del members[next(name for name in members if name.startswith("weights/"))]
+
+
+def _weight_within_a_weight(members):
+    name = next(name for name in members if name.startswith("weights/"))
+    members[name.replace(".npy", ".more.npy")] = members[name]
+
+
+def _pickle(members):
+    members[next(name for name in members if name.startswith("weights/"))] = b"\x80\x04N."
+
+
+@pytest.mark.parametrize("change, told", [
+    (_drop_config, "config.json"), (_other_format, "format 2"), (_other_shape, "another network"),
+    (_lost_weight, "another network"), (_weight_within_a_weight, "no packed run"), (_pickle, "no packed run"),
+    (dict.clear, "no packed run"),
+], ids=lambda value: getattr(value, "__name__", None))
+def test_an_archive_that_is_none(packed, tmp_path, capsys, change, told):
+    file = rewritten(packed, tmp_path / "file.zip", change)
+    assert told in error_of(capsys, unpack, f"--workdir={tmp_path / 'run'}", f"--file={file}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.zip"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no archive", "missing"])
+def test_a_damaged_file(packed, tmp_path, capsys, damage):
+    file = tmp_path / "file.zip"
+    content = bytearray(packed.read_bytes())
+    content[len(content) // 2] ^= 16
+    contents = {"truncated": content[:len(content) // 2], "flipped": content, "no archive": b"?" * 99}
+    if damage in contents:
+        file.write_bytes(contents[damage])
+    told = "there is no file" if damage == "missing" else "damaged or no packed run"
+    assert told in error_of(capsys, unpack, f"--workdir={tmp_path / 'run'}", f"--file={file}")
+    assert not (tmp_path / "run").exists() and len(list(tmp_path.iterdir())) == (damage != "missing")
