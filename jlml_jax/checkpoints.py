@@ -181,7 +181,7 @@ def read_description(workdir: Path) -> tuple[ml_collections.ConfigDict, dict[str
             raise ValueError(f"{_LABEL_MAP} lacks fields")
     except OSError as error:
         raise UserError(f"{workdir} is not a run's folder ({error.strerror}: {Path(error.filename).name}); give one "
-                        "that jlml_jax.main has made") from error
+                        "that jlml_jax.main or jlml_jax.unpack has made") from error
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{workdir} has a damaged {_CONFIG} or {_LABEL_MAP} ({error}); train again") from error
     return config, label_map
