@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class UserError(Exception):
     """Something the user can mend: the message is one line that says what is wrong, where, and what to do."""
@@ -39,9 +41,9 @@ def exit_status(command: Callable[[], None]) -> int:
 
     A UserError is told in one line on stderr; any other exception passes through, because it is a bug. SIGINT and
     SIGTERM end the process with status 130 and 143 by way of an exception, so that what is half done is cleaned up; the
-    second of them ends it at once.
+    second of them, or one that comes when the command is done, ends it at once.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and the like ask for
             signal.signal(number, _leave)
     try:
@@ -51,11 +53,18 @@ def exit_status(command: Callable[[], None]) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        _end_at_once_from_now_on()  # Python, on its way out, would tell of an exception, and go on
     return 0
 
 
+def _end_at_once_from_now_on() -> None:
+    for number in _SIGNALS:
+        if signal.getsignal(number) == _leave:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _leave(number: int, _frame: object) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
+    _end_at_once_from_now_on()
     print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 COMMAND = """
-import sys, time
+import sys, threading, time
 from jlml_jax.errors import exit_status
 from jlml_jax.stopping import StopRequest
 
@@ -40,7 +40,11 @@ def trains():
         time.sleep(0.5 if "saves" in sys.argv else 60)
     raise SystemExit(128 + stop.requested)
 
-sys.exit(exit_status({"works": works, "cleans up": cleans_up, "trains": trains}[sys.argv[1]]))
+def is_done():
+    # Python waits for such a thread on its way out.
+    threading.Thread(target=lambda: (time.sleep(0.5), ready(), time.sleep(60))).start()
+
+sys.exit(exit_status({"is done": is_done, "works": works, "cleans up": cleans_up, "trains": trains}[sys.argv[1]]))
 """
 
 
@@ -98,6 +102,14 @@ def test_a_second_signal_ends_a_command_at_once(start, command, second):
     process.send_signal(second)
     assert process.wait(timeout=20) == -second
     assert time.monotonic() - sent < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_when_all_is_done_ends_the_process_without_a_word(start, number):
+    process = start("is done")
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == -number
 
 
 def test_a_signal_that_is_ignored_stays_so():
