@@ -3,7 +3,12 @@
 `load_extractor(workdir)` gives a trained run as a function from images to features.
 """
 
+import os
 from typing import Any
+
+# XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache. JAX chooses
+# another level when it is imported, so that a program which does that first has these lines.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 __all__ = ["load_extractor"]
 

@@ -1,13 +1,9 @@
 """Measures how far apart images of the same and of different people are, and sets the thresholds for "same person"."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-# XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 from tqdm import tqdm

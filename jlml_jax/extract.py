@@ -1,13 +1,9 @@
 """Embeds a user's own images: a folder, a CSV or a glob in, one file of features out."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-# XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 

@@ -4,14 +4,10 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-
-# XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import numpy as np

@@ -10,14 +10,10 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-# XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jinja2
 import numpy as np

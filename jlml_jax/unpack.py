@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import secrets
 import shutil
 import sys
@@ -11,9 +10,6 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-# XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
