@@ -58,10 +58,12 @@ def pack(workdir: str | Path, output: str | Path) -> None:
         calibrated = False
         print(f"{calibration.FILE} is left out, as it is not of the rounded weights: to hand on thresholds, unpack the "
               "file, calibrate that run, and pack it")
+    config = run.config.copy_and_resolve_references()
+    config.data.data_dir = ""  # a place on this machine
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(ABOUT, json.dumps({"format": FORMAT, "step": run.step}))
-        archive.writestr(CONFIG, run.config.to_json(indent=1))
+        archive.writestr(CONFIG, config.to_json(indent=1))
         archive.writestr(LABEL_MAP, json.dumps(run.label_map))
         if (run.workdir / RESULTS).exists():
             archive.write(run.workdir / RESULTS, RESULTS)

@@ -52,6 +52,8 @@ def rewritten(packed, file, change):
 def test_weights_are_the_runs_to_half_precision(tiny_run, unpacked):
     before, after = load_run(tiny_run), load_run(unpacked)
     assert after.step == before.step == 12
+    assert before.config.data.data_dir and not after.config.data.data_dir  # that of another machine
+    before.config.data.data_dir = ""
     assert after.config == before.config and after.label_map == before.label_map
     ours, theirs = flatten(before.variables), flatten(after.variables)
     assert ours.keys() == theirs.keys()
@@ -70,11 +72,11 @@ def test_features_are_the_runs(unpacked, tiny_extractor):
     assert extractor.fingerprint != tiny_extractor.fingerprint
 
 
-def test_the_folder_is_that_of_a_finished_run(unpacked, tmp_path, capsys):
+def test_the_folder_is_that_of_a_finished_run(unpacked, market1501_dir, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(unpacked, folder)
     config = load_run(folder).config
-    config.evaluate.picture = False
+    config.data.data_dir, config.evaluate.picture = str(market1501_dir), False
     rows = train_and_evaluate(config, folder)
     assert "is finished: 12 steps" in capsys.readouterr().out
     assert rows[-1]["feature"] == "joint"
@@ -97,6 +99,7 @@ def test_thresholds_go_along_where_they_are_of_these_weights(tiny_run, unpacked,
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     shutil.copytree(tiny_run, ours)
     shutil.copytree(unpacked, theirs)
+    shutil.copy(ours / "config.json", theirs)  # which says where the images are
     for folder, kept in ((ours, False), (theirs, True)):
         calibrate.calibrate(folder)
         (folder / "results.json").write_text("{}")
