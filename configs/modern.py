@@ -5,7 +5,7 @@ what has become usual since. Judged on held-out people at a small scale (experim
 the start, which takes the spread over seeds away, the penalties' weights, normalisation, flip-averaging and label
 smoothing, which costs rank-1 there; by one seed the other ingredients. What counts there is the length of training and
 of pre-training, and the input's size: 256x128 gains over this one, which a CPU can afford. A triplet loss gains in a
-second run that starts from a first one, and loses before that; more steps at a lower rate gain after it (README.md). So
+second run that starts from a first one, and loses before that; more steps at a lower rate gain after it (there too). So
 neither is set here. Whatever is not set here is as the paper has it.
 """
 
