@@ -9,13 +9,8 @@ Examples:
   python -m jlml_jax.main --coordinator=10.0.0.1:8476 --num_processes=2 --process_id=0
 """
 
-import signal
 import sys
 from pathlib import Path
-
-# Until `main` sees to it, Ctrl-C would end the seconds of imports in a traceback.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import flags
 from ml_collections import config_flags

@@ -123,6 +123,26 @@ def test_a_signal_that_is_ignored_stays_so():
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("command", ["jlml_jax.search", "jlml_jax.main", "experiments.tables"])
+def test_a_signal_while_a_command_imports_ends_the_process_without_a_word(command, tmp_path):
+    """The first module of another package that it imports is made to wait for the signal."""
+    for module in ("argparse", "absl"):
+        (tmp_path / f"{module}.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    with sigint_heeded():
+        process = subprocess.Popen([sys.executable, "-m", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, cwd=ROOT)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == -signal.SIGINT
+
+
+def test_importing_the_package_leaves_signals_alone():
+    code = "import signal, jlml_jax; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    with sigint_heeded():
+        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["KILL", "TERM", "INT"])
 def test_commands_that_are_disturbed_end_as_if_nobody_had(number):
