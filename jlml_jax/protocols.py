@@ -251,7 +251,7 @@ def _imagenet(name: str, data: ml_collections.ConfigDict) -> Protocol:
 def _union(name: str, data: ml_collections.ConfigDict) -> Protocol:
     """All people of several data sets, without distractors and junk, in one training set."""
     names = name.split("+")
-    repeated = [one for one, number in Counter(map(namespace, names)).items() if number > 1]
+    repeated = [one for one, number in Counter(map(namespace, filter(None, names))).items() if number > 1]
     if repeated:
         raise UserError(f"data.name={name!r} has the people of {first_few(repeated)} more than once")
     wholes, offsets, end, incomplete = [], {}, 0, []

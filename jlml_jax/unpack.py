@@ -46,7 +46,10 @@ def unpack(workdir: str | Path, file: str | Path = PRETRAINED) -> None:
         with storage_errors_told(workdir.parent):
             part.mkdir(parents=True)
             step, variables = _extract(file, part)
-            config, label_map = read_description(part)
+            try:
+                config, label_map = read_description(part)
+            except UserError as error:  # which names a folder that will be gone
+                raise _damaged(file, error.__cause__) from error
             _write_checkpoint(part, SavedRun(file, config, label_map, step, variables))
             part.rename(workdir)
     finally:
@@ -80,7 +83,11 @@ def _extract(file: Path, folder: Path) -> tuple[int, dict[str, Any]]:
         raise UserError(f"there is no file {file}; give one that jlml_jax.pack has made") from error
     except (zipfile.BadZipFile, zlib.error, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError,
             TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged or no packed run ({error}); get it again") from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: BaseException | None) -> UserError:
+    return UserError(f"{file} is damaged or no packed run ({error}); get it again")
 
 
 def _write_checkpoint(folder: Path, run: SavedRun) -> None:

@@ -147,6 +147,10 @@ def _drop_config(members):
     del members["config.json"]
 
 
+def _damaged_config(members):
+    members["config.json"] = members["config.json"][:-9]
+
+
 def _other_format(members):
     members["about.json"] = b'{"format": 2, "step": 12}'
 
@@ -170,9 +174,9 @@ def _pickle(members):
 
 
 @pytest.mark.parametrize("change, told", [
-    (_drop_config, "config.json"), (_other_format, "format 2"), (_other_shape, "another network"),
-    (_lost_weight, "another network"), (_weight_within_a_weight, "no packed run"), (_pickle, "no packed run"),
-    (dict.clear, "no packed run"),
+    (_drop_config, "config.json"), (_damaged_config, "file.zip is damaged"), (_other_format, "format 2"),
+    (_other_shape, "another network"), (_lost_weight, "another network"),
+    (_weight_within_a_weight, "no packed run"), (_pickle, "no packed run"), (dict.clear, "no packed run"),
 ], ids=lambda value: getattr(value, "__name__", None))
 def test_an_archive_that_is_none(packed, tmp_path, capsys, change, told):
     file = rewritten(packed, tmp_path / "file.zip", change)

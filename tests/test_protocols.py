@@ -354,6 +354,11 @@ def test_a_union_with_the_same_people_twice_is_refused(config, name, repeated):
     refusal(name, config, f"data.name='{name}' has the people of {repeated} more than once")
 
 
+@pytest.mark.parametrize("name", ["+", "+viper"])
+def test_a_union_with_nothing_beside_a_plus_is_refused(config, name):
+    refusal(name, config, "unknown data set ''")
+
+
 @pytest.mark.parametrize("name", ["market1501", "viper", "grid", "cuhk03/detected", "viper+grid"])
 def test_training_identities_may_take_the_place_of_the_test(config, name):
     published = protocols.load(name, config.data).trial(0)
