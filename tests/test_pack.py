@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import finetune
 from jlml_jax import calibrate, load_extractor, pack, unpack
 from jlml_jax.calibration import load_verdicts
 from jlml_jax.checkpoints import flatten, load_run
@@ -202,6 +203,9 @@ def test_the_run_that_comes_along(tmp_path):
     assert unpack.main([f"--workdir={tmp_path / 'run'}"]) == 0
     run = load_run(tmp_path / "run")
     assert run.step == run.config.train.steps and run.label_map["dataset"] == "market1501"
+    further = finetune.get_config()
+    assert run.config.model == further.model
+    assert (run.config.data.height, run.config.data.width) == (further.data.height, further.data.width)
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     joint = next(row for row in rows if row["dataset"] == "market1501" and row["feature"] == "joint")
     assert joint["rank1"] > 0.7
