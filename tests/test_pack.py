@@ -199,7 +199,7 @@ def test_a_damaged_file(packed, tmp_path, capsys, damage):
 
 
 def test_the_run_that_comes_along(tmp_path):
-    """Trained on real people, it finds a few of 40 drawn ones, too (7 when it was packed), where chance finds one."""
+    """Trained on real people, it knows drawn ones, too: 7 of 40 others before the right one, where chance has 19.5."""
     assert unpack.main([f"--workdir={tmp_path / 'run'}"]) == 0
     run = load_run(tmp_path / "run")
     assert run.step == run.config.train.steps and run.label_map["dataset"] == "market1501"
@@ -215,4 +215,5 @@ def test_the_run_that_comes_along(tmp_path):
     queries, gallery = (extractor(np.stack([
         np.asarray(Image.fromarray(synthetic_drawing.draw_image(0, person, camera, 0)).resize(size))
         for person in range(1, 41)])) for camera in (1, 2))
-    assert (l2_distances(queries, gallery).argmin(1) == np.arange(40)).sum() >= 4
+    distances = l2_distances(queries, gallery)
+    assert (distances < np.diag(distances)[:, None]).sum(1).mean() < 12  # by chance 19.5, with a deviation of 1.8
