@@ -62,10 +62,10 @@ def sigint_heeded():
 def start():
     running = []
 
-    def start(*arguments):
+    def start(*arguments, program=("-c", COMMAND), path=str(ROOT)):
         with sigint_heeded():
-            process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+            process = subprocess.Popen([sys.executable, *program, *arguments], stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
         running.append(process)
         assert process.stdout.readline() == "ready\n"
         return process
@@ -124,14 +124,11 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 @pytest.mark.parametrize("command", ["jlml_jax.search", "jlml_jax.main", "experiments.tables"])
-def test_a_signal_while_a_command_imports_ends_the_process_without_a_word(command, tmp_path):
+def test_a_signal_while_a_command_imports_ends_the_process_without_a_word(start, command, tmp_path):
     """The first module of another package that it imports is made to wait for the signal."""
     for module in ("argparse", "absl"):
         (tmp_path / f"{module}.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
-    with sigint_heeded():
-        process = subprocess.Popen([sys.executable, "-m", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, cwd=ROOT)
-    assert process.stdout.readline() == "ready\n"
+    process = start(program=("-m", command), path=f"{tmp_path}:{ROOT}")
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20) == ("", "")
     assert process.returncode == -signal.SIGINT
