@@ -135,9 +135,9 @@ def test_two_processes_compute_what_one_does(runs):
 def test_only_the_first_process_tells_and_writes(runs):
     (first, _), (second, second_error) = json.loads((runs / "told.json").read_text())
     assert "step 40/40" in first and "results in" in first and "floating-point operations an image" in first
-    # XLA's CPU collectives tell of themselves, in lines that may run into each other.
-    of_gloo = r"\[Gloo\] Rank \d is connected to \d peer ranks\. |Expected number of connected peer ranks is : \d"
-    assert re.sub(of_gloo, "", second + second_error).strip() == ""
+    # XLA's CPU collectives tell of themselves, from two threads, whose words run into each other.
+    of_gloo = r"\[Gloo\]|Rank|Expected|number|of|is|connected|to|peer|ranks|[\d.:\s]"
+    assert re.sub(of_gloo, "", second + second_error) == ""
     assert len(list((runs / "two").glob("events.*"))) == 1
 
 
