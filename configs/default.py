@@ -7,7 +7,9 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "default"  # the run's folder is runs/NAME unless --workdir is given
     config.seed = 0
-    config.init_from = ""  # folder of a run whose weights to start from, all but the identity layers; empty: none
+    # Folder of a run whose weights to start from, all but the identity layers; empty: none. Where it and this run have
+    # several trials of the same data set, each starts from the one of its number.
+    config.init_from = ""
     config.keep_identity_layers = False  # start from these, too: for a further run on the same people
 
     config.data = data = ConfigDict()

@@ -163,15 +163,24 @@ class SavedRun:
     variables: dict[str, Any]  # params and batch_stats, NumPy arrays
 
 
+def trial_folder(number: int) -> str:
+    """The name of the folder that a trial's run has in the one of all trials."""
+    return f"trial-{number:02d}"
+
+
+def trial_folders(workdir: Path) -> list[Path]:
+    """The folders of the trials that a run of several has begun in `workdir`; none of any other run."""
+    return sorted(path.parent for path in workdir.glob(f"trial-*/{_LABEL_MAP}"))
+
+
 def read_description(workdir: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
     """The config and the label map of the run in `workdir`; fields that came after it have their defaults.
 
     Raises:
         UserError: there is no run, or one of the two is damaged.
     """
-    trials = sorted(path.parent.name for path in workdir.glob(f"trial-*/{_LABEL_MAP}"))
-    if trials:
-        raise UserError(f"{workdir} holds several trials; give one of them, such as {workdir / trials[0]}")
+    if trials := trial_folders(workdir):
+        raise UserError(f"{workdir} holds several trials; give one of them, such as {trials[0]}")
     try:
         config = default.get_config()  # of fields that came after the run
         with config.unlocked():

@@ -46,6 +46,8 @@ from jlml_jax.checkpoints import (
     load_run,
     refuse_other_network,
     set_aside_damaged,
+    trial_folder,
+    trial_folders,
     write_atomically,
 )
 from jlml_jax.config_ranges import check_ranges
@@ -130,7 +132,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     """Trains the run of `config` in `workdir`, resuming where it stands, and evaluates it.
 
     Where the protocol has several trials, each has a folder of its own in `workdir`, such as trial-03, and
-    `workdir`/results.json has the rows of all that have been evaluated so far, and their means.
+    `workdir`/results.json has the rows of all that have been evaluated so far, and their means. If `config.init_from`
+    holds several trials, too, each starts from the one of its number.
 
     Returns the rows that it writes to `results.json` (none with mode="train"). mode="evaluate" takes the run's latest
     checkpoint. Raises UserError for what the caller can mend.
@@ -176,7 +179,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         for number, trial in zip(numbers, add_distractors(map(protocol.trial, numbers)), strict=True):
             of_trial = config.copy_and_resolve_references()
             of_trial.data.trials = str(number)
-            folder = workdir / f"trial-{number:02d}" if protocol.num_trials > 1 else workdir
+            folder = workdir / trial_folder(number) if protocol.num_trials > 1 else workdir
             runs.append(check(of_trial, folder, trial))
         return runs
 
@@ -217,7 +220,7 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
     config.data.loader = choose_loader(config, trial.train, mesh)
     sampling.steps_per_epoch(len(trial.train), config.train.batch_size)  # refuses too large a batch
     model = build_model(config, len(trial.identities()))
-    initial = load_run(config.init_from) if config.init_from and not begun else None
+    initial = _load_initial(config.init_from, workdir, trial) if config.init_from and not begun else None
     if initial:
         refuse_other_network(initial, config)
     parent = load_label_map(workdir)["init_from"] if begun else initial.label_map if initial else None
@@ -227,6 +230,18 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
     for test in [trial, *(test for tests in others for test in tests)]:
         protocols.refuse_trained_on(test, label_map)
     return _Run(asked, config, workdir, trial, others, mesh, model, initial=initial, label_map=label_map, **of_command)
+
+
+def _load_initial(init_from: str, workdir: Path, trial: Trial) -> SavedRun:
+    """The run to start from: of one that holds several trials of the same data set, the trial of the same number."""
+    folder = Path(init_from)
+    if not trial_folders(folder) or workdir.name != trial_folder(trial.number):
+        return load_run(folder)
+    run = load_run(folder / workdir.name)
+    if namespace(run.label_map["dataset"]) != namespace(trial.dataset):
+        raise UserError(f"{folder} holds trials of {run.label_map['dataset']}, whose numbers mean nothing to those of "
+                        f"{trial.dataset}; give one of them, such as --config.init_from={run.workdir}")
+    return run
 
 
 def _claim(workdir: Path, *run: Any) -> contextlib.ExitStack:

@@ -153,6 +153,29 @@ def test_a_further_run_on_the_same_people_keeps_their_identity_layers(link, tmp_
         train_and_evaluate(link("market1501", tmp_path / "first", **further, **{"model.loss": "uni"}), tmp_path / "uni")
 
 
+def test_a_further_run_of_several_trials_goes_on_from_each_in_its_own(link, tmp_path, capsys):
+    first, further = tmp_path / "first", tmp_path / "further"
+    train_and_evaluate(link("viper", **{"data.trials": "0-1", "optim.learning_rate": 0.1}), first, "train")
+    config = link("viper", first, **{"data.trials": "0-1", "optim.learning_rate": 0.0, "keep_identity_layers": True})
+    train_and_evaluate(config, further, "train")
+    output = capsys.readouterr().out
+    for name in ("trial-00", "trial-01"):
+        assert f"weights of {first / name}, step 2, trained on viper; the identity layers are kept" in output
+        theirs, ours = (leaves(load_run(folder / name).variables["params"], identity=True)
+                        for folder in (first, further))
+        assert all(np.array_equal(ours[leaf], theirs[leaf]) for leaf in theirs.keys() | ours.keys())
+        assert load_run(further / name).label_map["init_from"] == load_run(first / name).label_map
+    assert load_run(first / "trial-00").label_map["identities"] != load_run(first / "trial-01").label_map["identities"]
+
+    config.data.trials = "2"
+    with pytest.raises(UserError, match="first/trial-02 is not a run's folder"):
+        train_and_evaluate(config, further)
+    for dataset in ("grid", "market1501"):
+        with pytest.raises(UserError, match="first holds .*trials.*give one of them, such as .*first/trial-00"):
+            train_and_evaluate(link(dataset, first), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_run_does_without_the_one_it_started_from(link, runs, tmp_path, pretrained):
     parent = tmp_path / "parent"
     pretrained.rename(parent)
