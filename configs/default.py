@@ -79,11 +79,16 @@ def get_config() -> ConfigDict:
     # Parts that the batch is computed in, one after another, where it does not fit in memory; gradients are averaged.
     # BN normalises each part by its own statistics and updates the running ones with every part: a smaller batch's BN.
     train.accumulation_steps = 1
+    # Batch normalisation by the statistics of an image's camera in the batch, not the whole batch's.
+    train.norm_by_camera = False
     train.dtype = "auto"  # of convolutions: float32, bfloat16; auto: bfloat16 on GPU and TPU. Inference is in float32
     train.steps_per_dispatch = 0  # at most, with all images on the devices; 0: 25, and 1 on a CPU
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.normalize = "none"  # none, joint, per_branch: L2 normalisation of the matching feature
+    # What BN normalises test images by: run: its running statistics of training; data: those of the tested data set's
+    # training images, without their labels; camera: those of each camera's.
+    evaluate.norm_statistics = "run"
     evaluate.flip_average = False  # features are the mean of the image's and its mirror image's
     evaluate.batch_size = 128  # global
     evaluate.max_rank = 50

@@ -20,26 +20,28 @@ class DeviceData:
     images: jax.Array  # uint8 [N, H, W, 3]
     labels: jax.Array  # int32 [N]
     groups: sampling.IdentityGroups | None = None  # which batches are put together from; None: of images in any order
+    cameras: jax.Array | None = None  # float32 [N, cameras], one-hot; None: batch normalisation does not ask
 
 
 def place(split: Split, labels: np.ndarray, height: int, width: int, mesh: Mesh,
-          groups: sampling.IdentityGroups | None = None) -> DeviceData:
-    """Decodes `split` once and puts it on every device of the mesh; labels int [N].
+          groups: sampling.IdentityGroups | None = None, cameras: np.ndarray | None = None) -> DeviceData:
+    """Decodes `split` once and puts it on every device of the mesh; labels int [N], cameras float32 [N, cameras].
 
     Each of several processes decodes all of it, for its own devices: nothing travels between them.
     """
-    return parallel.replicate(DeviceData(split.decode(height, width), labels.astype(np.int32), groups), mesh)
+    return parallel.replicate(
+        DeviceData(split.decode(height, width), labels.astype(np.int32), groups, cameras), mesh)
 
 
 def draw(data: DeviceData, seed: int, step: jax.Array, batch_size: int, axis_name: str, parts: int = 1
-         ) -> tuple[jax.Array, jax.Array]:
-    """This device's rows (images, labels) of the global batch at `step`; called inside the per-device step.
+         ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """This device's rows (images, labels, cameras) of the global batch at `step`; called inside the per-device step.
 
     With the batch in `parts`, one after another, its rows of the first, then those of the second, and so on.
     """
     indices = sampling.batch_indices(seed, step, len(data.labels), batch_size, data.groups)
     indices = sampling.device_rows(indices, jax.lax.axis_size(axis_name), parts)[jax.lax.axis_index(axis_name)]
-    return jnp.take(data.images, indices, axis=0), jnp.take(data.labels, indices, axis=0)
+    return jax.tree.map(lambda rows: jnp.take(rows, indices, axis=0), (data.images, data.labels, data.cameras))
 
 
 def decode_batches(split: Split, batches: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:

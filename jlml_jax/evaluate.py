@@ -93,11 +93,13 @@ def extract_features(forward: Forward, variables: Any, split: Split, data: ml_co
 
 
 NORMALIZE = ("none", "joint", "per_branch")
+NORM_STATISTICS = ("run", "data", "camera")
 
 
 def check_fields(evaluate: ml_collections.ConfigDict) -> None:
     """Refuses values of `config.evaluate` that are not known."""
     _check_known("normalize", evaluate.normalize, NORMALIZE)
+    _check_known("norm_statistics", evaluate.norm_statistics, NORM_STATISTICS)
     _check_known("multi_query", evaluate.multi_query, ("", *POOLING))
 
 
@@ -224,6 +226,8 @@ def _rank(trial: Trial, protocol: str, query: Features, gallery: Features, evalu
             reranked = Reranking(query[name], gallery[name], products)
             row |= {RERANKED + score: value for score, value in scores_of(metrics.rank_blocks(
                 reranked.distances, *labels_of(trial), max_rank=max_rank)).items()}
+        if evaluate.norm_statistics != "run":
+            row["norm_statistics"] = evaluate.norm_statistics
         rows.append(row)
     return rows
 
@@ -315,7 +319,7 @@ def _note(trial: Trial) -> dict[str, str]:
     return {"incomplete": trial.incomplete} if trial.incomplete else {}
 
 
-_NOT_AVERAGED = ("dataset", "protocol", "feature", "normalize", "incomplete", "trained_on")
+_NOT_AVERAGED = ("dataset", "protocol", "feature", "normalize", "norm_statistics", "incomplete", "trained_on")
 
 
 def mean_rows(rows: Sequence[dict[str, Any]], over: str = "trial") -> list[dict[str, Any]]:
@@ -382,6 +386,9 @@ def _format_table(rows: Sequence[dict[str, Any]]) -> str:
     columns = [column for column in TITLES if column in first]
     title += (f", {first['num_images']} images of {first['num_classes']} classes" if "top1" in first else
               f", {first['num_queries']:g} queries, {first['num_gallery']:g} gallery images") + "; per cent"
+    if "norm_statistics" in first:
+        of_what = {"data": "the training images", "camera": "each camera's training images"}[first["norm_statistics"]]
+        title += f"\nbatch normalisation by the statistics of {of_what}, without their labels"
     if "incomplete" in first:
         title += f"\nan incomplete or degraded copy of the data: {first['incomplete']}"
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+SHARED_EXAMPLES = 2  # of all images are counted with those of a group
 _FEW_CHANNELS = 4  # at most so many input channels are convolved as patches
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # He et al. 2015: not truncated
 
@@ -121,6 +122,10 @@ class BatchNorm(nn.Module):
 
     The variance is E[x^2] - E[x]^2, so that one pass over `x` and one all-reduce give both moments. Statistics are
     float32 whatever the compute type. The running variance is the biased one, as in Flax.
+
+    With `groups`, float32 [B, G], one-hot, an example is normalised in training by the statistics of its group's in the
+    batch (of its camera's: Zhuang et al. 2020). To these `SHARED_EXAMPLES` of the whole batch are added, since those of
+    one or two examples would be no estimate. The running statistics stay those of the whole batch.
     """
 
     axis_name: str | None
@@ -129,7 +134,7 @@ class BatchNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, groups: jax.Array | None = None) -> jax.Array:
         # XLA's CPU backend sums over one axis up to eight times as fast as over three.
         shape, features = x.shape, x.shape[-1]
         x = x.reshape(-1, features)
@@ -139,18 +144,39 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (features,))
         if train:
             wide = x.astype(jnp.float32)
-            moments = jnp.stack([wide.mean(0), jnp.square(wide).mean(0)])
-            if self.axis_name is not None and not self.is_initializing():
-                moments = jax.lax.pmean(moments, self.axis_name)
-            mean = moments[0]
-            var = jnp.maximum(moments[1] - jnp.square(mean), 0.0)
+            if groups is None:
+                moments = jnp.stack([wide.mean(0), jnp.square(wide).mean(0)])
+                if self.axis_name is not None and not self.is_initializing():
+                    moments = jax.lax.pmean(moments, self.axis_name)
+            else:
+                wide = wide.reshape(len(groups), -1, features)
+                by_example = jnp.stack([wide.mean(1), jnp.square(wide).mean(1)])
+                sums = jnp.einsum("bg,mbc->mgc", groups, by_example, precision=jax.lax.Precision.HIGHEST)
+                counts = groups.sum(0)
+                if self.axis_name is not None and not self.is_initializing():
+                    sums, counts = jax.lax.psum((sums, counts), self.axis_name)
+                moments = sums.sum(1) / counts.sum()
+                by_group = (sums + SHARED_EXAMPLES * moments[:, None]) / (counts + SHARED_EXAMPLES)[:, None]
+            mean, var = _mean_and_variance(moments)
             if not self.is_initializing():
                 running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
                 running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+            if groups is not None:
+                mean, var = (groups @ values for values in _mean_and_variance(by_group))
+                multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
+                x = x.reshape(len(groups), -1, features)
+                y = x * multiplier[:, None] + (bias - mean * multiplier)[:, None]
+                return y.astype(self.dtype).reshape(shape)
         else:
             mean, var = running_mean.value, running_var.value
         multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
         return (x * multiplier + (bias - mean * multiplier)).astype(self.dtype).reshape(shape)
+
+
+def _mean_and_variance(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """From E[x] and E[x^2], [2, ...]."""
+    mean, square = moments
+    return mean, jnp.maximum(square - jnp.square(mean), 0.0)
 
 
 def unit_length(x: jax.Array, axis: int) -> jax.Array:

@@ -52,6 +52,12 @@ class Trial:
         """The classes of images of training identities, int64 [N]."""
         return np.searchsorted(self.identities(), split.identities)
 
+    def cameras(self) -> np.ndarray:
+        """The cameras of the training images, float32 [N, number of cameras], one-hot; each data set has its own."""
+        dataset = np.searchsorted(sorted(self.offsets.values()), self.train.identities)
+        _, camera = np.unique(np.stack([dataset, self.train.cameras]), axis=1, return_inverse=True)
+        return np.eye(camera.max() + 1, dtype=np.float32)[camera]
+
     def people(self) -> dict[str, list[int]]:
         """The training identities by data set, in the order of the classes."""
         identities = self.identities()

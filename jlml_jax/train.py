@@ -26,6 +26,7 @@ from jlml_jax import (
     evaluate,
     input_pipeline,
     losses,
+    norm_statistics,
     optim,
     parallel,
     pictures,
@@ -115,10 +116,11 @@ class _Run:
     initial: SavedRun | None  # the run whose weights to start from, unless this one has a checkpoint
     label_map: dict[str, Any]
     source: dict[str, Any]  # provenance so far
-    # `_make_step` and `evaluate.make_forward`, each with a cache that all trials of a command share: they differ
-    # in their images, and what is compiled for one serves the others.
+    # `_make_step`, `evaluate.make_forward` and `norm_statistics.make_statistics`, each with a cache that all trials of
+    # a command share: they differ in their images, and what is compiled for one serves the others.
     make_step: Callable
     make_forward: Callable
+    make_statistics: Callable
 
     def compiled_with(self) -> ml_collections.FrozenConfigDict:
         """The config, to be compiled with: the same for all trials, and hashable."""
@@ -171,7 +173,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         _check_run, others=others, mesh=mesh, mode=mode, source=source,
         optimizer=optim.make_optimizer(config.optim, config.train.steps),
         make_step=functools.cache(functools.partial(_make_step, source)),
-        make_forward=functools.cache(evaluate.make_forward))
+        make_forward=functools.cache(evaluate.make_forward),
+        make_statistics=functools.cache(norm_statistics.make_statistics))
 
     def check_runs():
         runs = []
@@ -229,6 +232,9 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
         protocols.refuse_other_people(initial.label_map, label_map)
     for test in [trial, *(test for tests in others for test in tests)]:
         protocols.refuse_trained_on(test, label_map)
+        if config.evaluate.norm_statistics != "run" and test.query is not None and test.train is None:
+            raise UserError(f"evaluate.norm_statistics={config.evaluate.norm_statistics} is of training images, and "
+                            f"{test.dataset} has none; give evaluate.norm_statistics=run")
     return _Run(asked, config, workdir, trial, others, mesh, model, initial=initial, label_map=label_map, **of_command)
 
 
@@ -355,8 +361,9 @@ def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
     data, train, images, labels = run.config.data, run.config.train, run.trial.train, run.trial.labels()
     size = images.training_size(data.height, data.width)
     groups = sampling.identity_groups(labels, train.images_per_identity)
+    cameras = run.trial.cameras() if train.norm_by_camera else None
     if data.loader == "device":
-        placed = device_data.place(images, labels, *size, run.mesh, groups)
+        placed = device_data.place(images, labels, *size, run.mesh, groups, cameras)
         while True:
             yield placed
     rows = parallel.process_slice(train.batch_size)
@@ -366,7 +373,8 @@ def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
             run.config.seed, first_step, train.steps, len(images), train.batch_size, groups))
     decoded = input_pipeline.decode_batches(images, to_decode, *size)
     for batch, batch_images in zip(indices, decoded, strict=True):
-        yield parallel.shard_batch((batch_images, labels[batch].astype(np.int32)), run.mesh)
+        of_batch = labels[batch].astype(np.int32), None if cameras is None else cameras[batch]
+        yield parallel.shard_batch((batch_images, *of_batch), run.mesh)
 
 
 def _refuse_non_finite(first: int, metrics: dict[str, list[float]], checkpoints: Checkpoints) -> None:
@@ -392,26 +400,41 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
         return functools.partial(evaluate.extract_features, forward, variables, data=config.data,
                                  batch_size=config.evaluate.batch_size, mesh=run.mesh)
 
-    rows = []
+    of_run = evaluate.FeatureCache(extract(trained))
+
+    def features_of(test: Trial) -> evaluate.FeatureCache:
+        source = config.evaluate.norm_statistics
+        if source == "run":
+            return of_run
+        statistics = run.make_statistics(run.model, run.compiled_with(), run.mesh)
+        adapted = norm_statistics.adapted(statistics, trained, test.train, source, config.data,
+                                          config.evaluate.batch_size, run.mesh)
+        return evaluate.FeatureCache(functools.partial(norm_statistics.extract, extract, adapted))
+
+    rows, products = [], evaluate.products_on(run.mesh)
     if trial.validation is not None:
         logits = run.make_forward(run.model, run.compiled_with(), run.mesh, "logits")
         rows += evaluate.evaluate_validation(trial, extract(trained, logits)(trial.validation))
     if trial.query is not None:
-        features = evaluate.FeatureCache(extract(trained))
+        features = features_of(trial)
         if config.evaluate.baselines:
             rows += evaluate.evaluate_baselines(trial, config.data)
             untrained = extract(init_variables(run.model, config.seed, config.data.height, config.data.width))
             single_query = dataclasses.replace(trial, multi_query=None)
-            rows.append(evaluate.evaluate_trials([single_query], untrained, config.evaluate)[-1]
+            plain = config.evaluate.copy_and_resolve_references()
+            plain.norm_statistics = "run"
+            rows.append(evaluate.evaluate_trials([single_query], untrained, plain)[-1]
                         | {"feature": "untrained network"})
-        rows += evaluate.evaluate_trials([trial], features, config.evaluate, evaluate.products_on(run.mesh))
+        rows += evaluate.evaluate_trials([trial], features, config.evaluate, products)
         if config.evaluate.picture and jax.process_index() == 0:
             joint = [list(evaluate.matching_features(features(split), config.evaluate.normalize).values())[-1]
                      for split in (trial.query, trial.gallery)]
             pictures.ranked_lists(trial, *joint, run.workdir / "ranked.png")
     for tests in run.others:
-        rows += [row | {"trained_on": trial.dataset, "trained_trial": trial.number} for row in evaluate.evaluate_trials(
-            tests, evaluate.FeatureCache(extract(trained)), config.evaluate, evaluate.products_on(run.mesh))]
+        others = [row for test in tests
+                  for row in evaluate.evaluate_trials([test], features_of(test), config.evaluate, products)]
+        others += evaluate.mean_rows(others) if len(tests) > 1 else []
+        rows += [row | {"trained_on": trial.dataset, "trained_trial": trial.number} for row in others]
     if rows:
         print(evaluate.format_rows(rows), flush=True)
     else:

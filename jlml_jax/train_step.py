@@ -32,7 +32,8 @@ class TrainState:
     opt_state: Any
 
 
-Batch = DeviceData | tuple[jax.Array, jax.Array]  # a data set to draw from, or this device's (images, labels)
+# A data set to draw from, or this device's images, labels, and cameras as `DeviceData` has them.
+Batch = DeviceData | tuple[jax.Array, jax.Array, jax.Array | None]
 
 
 def init_state(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,
@@ -67,18 +68,18 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
     parts = config.train.accumulation_steps
     model = model.clone(dtype=compute_dtype(config.train.dtype))
     if isinstance(batch, DeviceData):
-        images, labels = device_data.draw(batch, seed, state.step, config.train.batch_size, BATCH_AXIS, parts)
+        images, labels, cameras = device_data.draw(batch, seed, state.step, config.train.batch_size, BATCH_AXIS, parts)
     else:
-        images, labels = batch
+        images, labels, cameras = batch
     key = augment.step_key(seed, state.step)
     images = augment.augment(key, images, config.augment, config.data, BATCH_AXIS, parts)
 
     def part_gradients(batch_stats, part):
-        part_images, part_labels = augment.normalise(part[0], config.data), part[1]
+        part_images, part_labels, part_cameras = augment.normalise(part[0], config.data), *part[1:]
 
         def loss_of(params):
             outputs, updates = model.apply({"params": params, "batch_stats": batch_stats}, part_images, train=True,
-                                           mutable=["batch_stats"])
+                                           groups=part_cameras, mutable=["batch_stats"])
             loss, terms = losses.jlml_loss(outputs, params, part_labels, num_strips=config.model.num_strips,
                                            cosine_scale=config.model.cosine_scale, axis_name=BATCH_AXIS,
                                            **config.loss)
@@ -87,7 +88,7 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
         gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
         return batch_stats, (gradients, metrics)
 
-    batch_stats, means = _accumulate(part_gradients, state.batch_stats, (images, labels), parts)
+    batch_stats, means = _accumulate(part_gradients, state.batch_stats, (images, labels, cameras), parts)
     gradients, metrics = jax.lax.pmean(means, BATCH_AXIS)
     metrics["gradient_norm"] = _norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -329,10 +329,10 @@ def test_four_devices_draw_the_global_batch(jpegs):
     data = device_data.place(jpegs, labels, 16, 8, mesh)
     draw = functools.partial(device_data.draw, seed=5, batch_size=4, axis_name="batch")
     sharded = jax.jit(jax.shard_map(lambda data, step: draw(data, step=step), mesh=mesh, in_specs=(WHOLE, WHOLE),
-                                    out_specs=(ROWS, ROWS), check_vma=False))
+                                    out_specs=(ROWS, ROWS, ROWS), check_vma=False))
     pixels = jpegs.decode(16, 8)
     for step in (0, 1, 7):
-        images, drawn = sharded(data, jnp.int32(step))
+        images, drawn, _ = sharded(data, jnp.int32(step))
         indices = np.asarray(sampling.batch_indices(5, step, len(jpegs), 4))
         np.testing.assert_array_equal(drawn, labels[indices])
         np.testing.assert_array_equal(images, pixels[indices])

@@ -32,7 +32,7 @@ def all_reduced(config, num_classes):
                                      optimizer.init(variables["params"]))
 
     batch = (jax.ShapeDtypeStruct((4, config.data.height, config.data.width, 3), jnp.uint8),
-             jax.ShapeDtypeStruct((4,), jnp.int32))
+             jax.ShapeDtypeStruct((4,), jnp.int32), None)
     step = train_step.make_train_step(config, model, optimizer, mesh, from_device_data=False)
     program = step.trace(jax.eval_shape(init), batch, jax.ShapeDtypeStruct((), jnp.uint32)).jaxpr
     return [array.aval.size for equation in floor.equations(program.jaxpr, ("psum",)) for array in equation.invars]

@@ -175,7 +175,7 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(smooth_config):
         step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh,
                                           from_device_data=False)
         state = parallel.replicate(dataclasses.replace(start, batch_stats=batch_stats), parts.mesh)
-        batch = np.asarray(parts.data.images)[rows], np.asarray(parts.data.labels)[rows]
+        batch = np.asarray(parts.data.images)[rows], np.asarray(parts.data.labels)[rows], None
         state, metrics = jax.device_get(step(state, parallel.shard_batch(batch, parts.mesh), parts.seed))
         return jax.tree.map(np.subtract, start.params, state.params), state.batch_stats, metrics
 
@@ -205,11 +205,12 @@ def test_both_loaders_take_the_same_parts(tiny_config, tmp_path, images_per_iden
     tiny_config.data.loader, tiny_config.train.accumulation_steps = "tf_data", 2
     draw = functools.partial(device_data.draw, seed=tiny_config.seed, step=0, batch_size=8,
                              axis_name=parallel.BATCH_AXIS, parts=2)
-    _, drawn = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
+    _, drawn, _ = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
                                      out_specs=PartitionSpec(parallel.BATCH_AXIS), check_vma=False))(parts.data)
     run = train._check_run(tiny_config, tmp_path, parts.protocol, others=[], mesh=parts.mesh, mode="train", source={},
-                           optimizer=parts.optimizer, make_step=None, make_forward=None)
-    _, labels = next(train._batches(run, 0))
+                           optimizer=parts.optimizer, make_step=None, make_forward=None,
+                           make_statistics=None)
+    _, labels, _ = next(train._batches(run, 0))
     np.testing.assert_array_equal(labels, drawn)
     in_order = parts.protocol.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8,
                                                               parts.data.groups)]

@@ -50,7 +50,8 @@ def estimate(config: ml_collections.ConfigDict) -> Estimate:
     seed = parallel.replicate(np.uint32(config.seed), mesh)
     size = config.data.height, config.data.width
     batch = _black(len(trial.train) if from_device_data else config.train.batch_size, *trial.train.training_size(*size))
-    batch = parallel.replicate(DeviceData(*batch), mesh) if from_device_data else parallel.shard_batch(batch, mesh)
+    batch = (parallel.replicate(DeviceData(*batch), mesh) if from_device_data
+             else parallel.shard_batch((*batch, None), mesh))
     state, _ = jax.block_until_ready(step(state, batch, seed))
     compilation = time.perf_counter() - started
 

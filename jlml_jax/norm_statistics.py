@@ -1,0 +1,95 @@
+"""What batch normalisation normalises by at test: statistics of the images that are tested, without their labels.
+
+A network that was trained by some cameras meets others with the running statistics of the first. Those of a few images
+of the new ones in their place are AdaBN (Li et al. 2016), those of each camera's own are camera-based batch
+normalisation (Zhuang et al. 2020, "Rethinking the Distribution Gap of Person Re-identification with Camera-based Batch
+Normalization"), which `config.train.norm_by_camera` also trains with.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jlml_jax import augment, parallel
+from jlml_jax.datasets.base import Split
+from jlml_jax.evaluate import Features, decode_batches
+from jlml_jax.layers import SHARED_EXAMPLES
+
+_MOST_IMAGES = 1_024  # of a camera or a data set: more change nothing that can be seen
+
+Statistics = Callable[[Any, jax.Array], Any]
+
+
+def make_statistics(model: nn.Module, config: ml_collections.ConfigDict, mesh: Mesh) -> Statistics:
+    """Compiled (variables, images uint8 [B, H, W, 3] sharded over the mesh) -> `batch_stats` of these images alone."""
+    model = model.clone(norm_momentum=0.0, axis_name=None)  # the compiler sums over the mesh
+
+    def statistics(variables, images):
+        return model.apply(variables, augment.normalise(images, config.data), train=True,
+                           mutable=["batch_stats"])[1]["batch_stats"]
+
+    replicated, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(parallel.BATCH_AXIS))
+    return jax.jit(statistics, in_shardings=(replicated, rows), out_shardings=replicated)
+
+
+def of_images(statistics: Statistics, variables: Any, split: Split, data: ml_collections.ConfigDict, batch_size: int,
+              mesh: Mesh) -> Any:
+    """`batch_stats` over the images of `split`, at most `_MOST_IMAGES` at random; their labels are not looked at."""
+    chosen = np.random.RandomState(0).permutation(len(split))[:_MOST_IMAGES]
+    batches = np.resize(chosen, (-(-len(chosen) // batch_size), batch_size))  # the last is filled from the first
+    rows = parallel.process_slice(batch_size)
+    images = decode_batches(split, iter(batches[:, rows]), data)
+    moments = [_moments(jax.device_get(statistics(variables, parallel.shard_batch(batch, mesh)))) for batch in images]
+    return _from_moments(jax.tree.map(lambda *values: np.mean(values, 0), *moments))
+
+
+def adapted(statistics: Statistics, variables: dict[str, Any], split: Split, source: str,
+            data: ml_collections.ConfigDict, batch_size: int, mesh: Mesh) -> dict[int | None, dict[str, Any]]:
+    """The variables to test with: with `source` "camera" one for each camera of `split`, and under None those of all.
+
+    To a camera's images `SHARED_EXAMPLES` of all are added, as in training: they count where it has a few.
+    """
+    def measured(images: Split) -> Any:
+        return of_images(statistics, variables, images, data, batch_size, mesh)
+
+    of_all = measured(split)
+    found = {None: of_all}
+    for camera in np.unique(split.cameras).tolist() if source == "camera" else ():
+        rows = np.flatnonzero(split.cameras == camera)
+        share = SHARED_EXAMPLES / (len(rows) + SHARED_EXAMPLES)
+        found[camera] = _from_moments(jax.tree.map(
+            lambda own, shared, share=share: (1 - share) * own + share * shared,
+            _moments(measured(split.select(rows))), _moments(of_all)))
+    return {camera: parallel.replicate(variables | {"batch_stats": batch_stats}, mesh)
+            for camera, batch_stats in found.items()}
+
+
+def extract(extract_with: Callable[[Any], Callable[[Split], Features]], variables: Mapping[int | None, Any],
+            split: Split) -> Features:
+    """Features of all images, each by the variables of its camera, or those of any other one if it has none."""
+    features: Features = {}
+    for camera in np.unique(split.cameras).tolist():
+        rows = np.flatnonzero(split.cameras == camera)
+        for branch, values in extract_with(variables.get(camera, variables[None]))(split.select(rows)).items():
+            features.setdefault(branch, np.empty((len(split), values.shape[1]), np.float32))[rows] = values
+    return features
+
+
+def _is_layer(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and tree.keys() == {"mean", "var"}
+
+
+def _moments(batch_stats: Any) -> Any:
+    """(E[x], E[x^2]) of every layer, which can be averaged."""
+    return jax.tree.map(lambda layer: (layer["mean"], layer["var"] + np.square(layer["mean"])), batch_stats,
+                        is_leaf=_is_layer)
+
+
+def _from_moments(moments: Any) -> Any:
+    return jax.tree.map(lambda layer: {"mean": layer[0], "var": np.maximum(layer[1] - np.square(layer[0]), 0.0)},
+                        moments, is_leaf=lambda tree: isinstance(tree, tuple))
