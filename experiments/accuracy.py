@@ -18,7 +18,16 @@ from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done, withou
 from experiments.tables.report import markdown_table
 from jlml_jax.checkpoints import with_defaults, write_atomically
 from jlml_jax.errors import UserError, exit_status
-from jlml_jax.evaluate import ACCURACIES, RERANKED, SCORES, TITLES, averaged_over, format_score, without_averaged
+from jlml_jax.evaluate import (
+    ACCURACIES,
+    RERANKED,
+    SCORES,
+    TITLES,
+    averaged_over,
+    format_score,
+    norm_statistics_of,
+    without_averaged,
+)
 from jlml_jax.train import RESULTS
 
 FOLDER = Path(__file__).parent / "results" / "accuracy"
@@ -105,6 +114,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
 
 def _line(record: dict[str, Any], row: dict[str, Any]) -> list[str]:
     protocol = row["protocol"] + (f", {averaged}" if (averaged := averaged_over(row)) else "")
+    protocol += f", {statistics}" if (statistics := norm_statistics_of(row)) else ""
     return [record["run"], row.get("trained_on", record["dataset"]), protocol, row["feature"],
             *(format_score(row, score) if score in row else "" for score in _SHOWN)]
 

@@ -368,6 +368,12 @@ def format_score(row: dict[str, Any], score: str) -> str:
     return f"{100 * row[score]:.1f}{deviation}"
 
 
+def norm_statistics_of(row: dict[str, Any]) -> str:
+    """In words, what BN normalised by, if it was not the run's own running statistics."""
+    of = {"data": "the data set's training images", "camera": "each camera's training images"}
+    return f"BN by {of[row['norm_statistics']]}, without labels" if "norm_statistics" in row else ""
+
+
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as tables in per cent, one for each data set and protocol: of the mean of its trials if there is one."""
     tables = {}
@@ -386,9 +392,8 @@ def _format_table(rows: Sequence[dict[str, Any]]) -> str:
     columns = [column for column in TITLES if column in first]
     title += (f", {first['num_images']} images of {first['num_classes']} classes" if "top1" in first else
               f", {first['num_queries']:g} queries, {first['num_gallery']:g} gallery images") + "; per cent"
-    if "norm_statistics" in first:
-        of_what = {"data": "the training images", "camera": "each camera's training images"}[first["norm_statistics"]]
-        title += f"\nbatch normalisation by the statistics of {of_what}, without their labels"
+    if statistics := norm_statistics_of(first):
+        title += f"\n{statistics}"
     if "incomplete" in first:
         title += f"\nan incomplete or degraded copy of the data: {first['incomplete']}"
 

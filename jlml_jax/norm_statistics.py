@@ -6,6 +6,7 @@ normalisation (Zhuang et al. 2020, "Rethinking the Distribution Gap of Person Re
 Normalization"), which `config.train.norm_by_camera` also trains with.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlml_jax import augment, parallel
 from jlml_jax.datasets.base import Split
-from jlml_jax.evaluate import Features, decode_batches
+from jlml_jax.errors import UserError
+from jlml_jax.evaluate import FeatureCache, Features, decode_batches
 from jlml_jax.layers import SHARED_EXAMPLES
+from jlml_jax.protocols import Trial
 
 _MOST_IMAGES = 1_024  # of a camera or a data set: more change nothing that can be seen
 
@@ -46,6 +49,14 @@ def of_images(statistics: Statistics, variables: Any, split: Split, data: ml_col
     images = decode_batches(split, iter(batches[:, rows]), data)
     moments = [_moments(jax.device_get(statistics(variables, parallel.shard_batch(batch, mesh)))) for batch in images]
     return _from_moments(jax.tree.map(lambda *values: np.mean(values, 0), *moments))
+
+
+def refuse_no_images(trial: Trial, config: ml_collections.ConfigDict) -> None:
+    """A UserError if `trial` is to be tested by the statistics of training images, and has none."""
+    source = config.evaluate.norm_statistics
+    if source != "run" and trial.query is not None and trial.train is None:
+        raise UserError(f"evaluate.norm_statistics={source} is of training images, and {trial.dataset} has none; give "
+                        "--config.evaluate.norm_statistics=run")
 
 
 def adapted(statistics: Statistics, variables: dict[str, Any], split: Split, source: str,
@@ -78,6 +89,19 @@ def extract(extract_with: Callable[[Any], Callable[[Split], Features]], variable
         for branch, values in extract_with(variables.get(camera, variables[None]))(split.select(rows)).items():
             features.setdefault(branch, np.empty((len(split), values.shape[1]), np.float32))[rows] = values
     return features
+
+
+def features_of(trial: Trial, extract_with: Callable[[Any], Callable[[Split], Features]], variables: dict[str, Any],
+                make_statistics: Callable[[], Statistics], config: ml_collections.ConfigDict, mesh: Mesh
+                ) -> FeatureCache:
+    """Features of the images of `trial`, normalised as `config.evaluate.norm_statistics` says."""
+    source = config.evaluate.norm_statistics
+    if source == "run":
+        return FeatureCache(extract_with(variables))
+    refuse_no_images(trial, config)
+    adapted_variables = adapted(make_statistics(), variables, trial.train, source, config.data,
+                                config.evaluate.batch_size, mesh)
+    return FeatureCache(functools.partial(extract, extract_with, adapted_variables))
 
 
 def _is_layer(tree: Any) -> bool:

@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from jlml_jax import calibration, datasets, evaluate, metrics, parallel, pictures, protocols
+from jlml_jax import calibration, datasets, evaluate, metrics, norm_statistics, parallel, pictures, protocols
 from jlml_jax.checkpoints import SavedRun, load_run, write_atomically
 from jlml_jax.datasets.base import DISTRACTOR, Split
 from jlml_jax.distances import l2_distances
@@ -143,7 +143,7 @@ def _parse(path: Path, read: Any) -> Any:
 
 # Tables and curves.
 
-_GROUPED_BY = ("dataset", "protocol", "trained_on", "incomplete")
+_GROUPED_BY = ("dataset", "protocol", "trained_on", "norm_statistics", "incomplete")
 
 
 def _tables(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,14 +153,15 @@ def _tables(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         key = (*(row.get(field) for field in _GROUPED_BY), "top1" in row)
         groups.setdefault(key, []).append(row)
     tables = []
-    for (dataset, protocol, trained_on, incomplete, _), group in groups.items():
+    for (dataset, protocol, trained_on, _, incomplete, _), group in groups.items():
         columns = [score for score in evaluate.TITLES if score in group[0]]
         sizes = [("images", "num_images"), ("classes", "num_classes"), ("queries", "num_queries"),
                  ("gallery images", "num_gallery")]
         size = {f"{row[field]:,.10g} {what}": None for what, field in sizes for row in group[:1] if field in row}
         trials = len({str(row["trial"]) for row in group}) > 1 or any(map(evaluate.averaged_over, group))
         tables.append({
-            "title": f"{dataset}, {protocol}" + (f", by the network trained on {trained_on}" if trained_on else ""),
+            "title": f"{dataset}, {protocol}" + (f", by the network trained on {trained_on}" if trained_on else "")
+                     + (f"; {statistics}" if (statistics := evaluate.norm_statistics_of(group[0])) else ""),
             "size": ", ".join(size), "incomplete": incomplete, "trials": trials,
             "columns": [evaluate.TITLES[column] for column in columns],
             "rows": [{"trial": f"mean of {mean}" if (mean := evaluate.averaged_over(row)) else row["trial"],
@@ -240,10 +241,14 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
     mesh = parallel.make_mesh()
     verdicts = calibration.load_verdicts(run.workdir, Extractor(run, mesh))  # refuses other weights' before the work
     model = build_model(config, num_identities=0)
-    extract = functools.partial(
-        evaluate.extract_features, evaluate.make_forward(model, config, mesh),
-        parallel.replicate(run.variables, mesh), data=config.data, batch_size=config.evaluate.batch_size, mesh=mesh)
-    query, gallery = (evaluate.matching_features(extract(split=split), config.evaluate.normalize)
+    forward = evaluate.make_forward(model, config, mesh)
+    features = norm_statistics.features_of(
+        trial, lambda variables: functools.partial(
+            evaluate.extract_features, forward, variables, data=config.data, batch_size=config.evaluate.batch_size,
+            mesh=mesh),
+        parallel.replicate(run.variables, mesh), lambda: norm_statistics.make_statistics(model, config, mesh), config,
+        mesh)
+    query, gallery = (evaluate.matching_features(features(split), config.evaluate.normalize)
                       for split in (trial.query, trial.gallery))
     feature = list(query)[-1]  # what is matched by: joint, or the only branch
     scores = {name: metrics.evaluate_ranking(

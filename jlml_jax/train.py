@@ -232,9 +232,7 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
         protocols.refuse_other_people(initial.label_map, label_map)
     for test in [trial, *(test for tests in others for test in tests)]:
         protocols.refuse_trained_on(test, label_map)
-        if config.evaluate.norm_statistics != "run" and test.query is not None and test.train is None:
-            raise UserError(f"evaluate.norm_statistics={config.evaluate.norm_statistics} is of training images, and "
-                            f"{test.dataset} has none; give evaluate.norm_statistics=run")
+        norm_statistics.refuse_no_images(test, config)
     return _Run(asked, config, workdir, trial, others, mesh, model, initial=initial, label_map=label_map, **of_command)
 
 
@@ -400,17 +398,9 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
         return functools.partial(evaluate.extract_features, forward, variables, data=config.data,
                                  batch_size=config.evaluate.batch_size, mesh=run.mesh)
 
-    of_run = evaluate.FeatureCache(extract(trained))
-
-    def features_of(test: Trial) -> evaluate.FeatureCache:
-        source = config.evaluate.norm_statistics
-        if source == "run":
-            return of_run
-        statistics = run.make_statistics(run.model, run.compiled_with(), run.mesh)
-        adapted = norm_statistics.adapted(statistics, trained, test.train, source, config.data,
-                                          config.evaluate.batch_size, run.mesh)
-        return evaluate.FeatureCache(functools.partial(norm_statistics.extract, extract, adapted))
-
+    features_of = functools.partial(
+        norm_statistics.features_of, extract_with=extract, variables=trained, config=config, mesh=run.mesh,
+        make_statistics=lambda: run.make_statistics(run.model, run.compiled_with(), run.mesh))
     rows, products = [], evaluate.products_on(run.mesh)
     if trial.validation is not None:
         logits = run.make_forward(run.model, run.compiled_with(), run.mesh, "logits")
@@ -431,9 +421,12 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
                      for split in (trial.query, trial.gallery)]
             pictures.ranked_lists(trial, *joint, run.workdir / "ranked.png")
     for tests in run.others:
-        others = [row for test in tests
-                  for row in evaluate.evaluate_trials([test], features_of(test), config.evaluate, products)]
-        others += evaluate.mean_rows(others) if len(tests) > 1 else []
+        if config.evaluate.norm_statistics == "run":  # an image has the same features in all trials
+            others = evaluate.evaluate_trials(tests, features_of(tests[0]), config.evaluate, products)
+        else:
+            others = [row for test in tests
+                      for row in evaluate.evaluate_trials([test], features_of(test), config.evaluate, products)]
+            others += evaluate.mean_rows(others) if len(tests) > 1 else []
         rows += [row | {"trained_on": trial.dataset, "trained_trial": trial.number} for row in others]
     if rows:
         print(evaluate.format_rows(rows), flush=True)

@@ -97,6 +97,11 @@ def test_other_data_and_people_held_out_are_told_apart(tmp_path, kept):
     assert page.index("## viper") < page.index("held out")
 
 
+def test_what_batch_normalisation_went_by_is_told(tmp_path, kept):
+    assert accuracy.main([str(_run(tmp_path / "by_camera", [_row(norm_statistics="camera")]))]) == 0
+    assert "single-query, BN by each camera's training images, without labels |" in (kept / "accuracy.md").read_text()
+
+
 def test_of_several_networks_on_other_data_the_mean_is_shown(tmp_path, kept):
     deviations = {f"{score}_std": 0.02 for score in SCORES}
     rows = [_row(trial, value=0.7, trained_on="viper", trained_trial=network) for network in (0, 1)

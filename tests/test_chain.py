@@ -10,7 +10,7 @@ from miniatures import write_cuhk03, write_grid, write_viper
 from runs import lines_of
 from tiny_imagenet_miniature import write_tiny_imagenet
 
-from jlml_jax import datasets, models, optim, parallel, protocols, train_step
+from jlml_jax import datasets, models, optim, parallel, protocols, report, train_step
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import Grid
@@ -257,6 +257,26 @@ def test_a_run_is_evaluated_on_other_data_sets(link, runs, pretrained):
     config.evaluate.datasets, config.data.cuhk03_protocol = "cuhk03/labeled", "767/700"  # not what was trained on
     rows = train_and_evaluate(config, pretrained, "evaluate")
     assert {(row["protocol"], row["num_queries"]) for row in rows if "trained_on" in row} == {("767/700", 60)}
+
+
+def test_a_run_is_evaluated_by_the_statistics_of_each_tested_camera(link, tmp_path, capsys):
+    config = link("viper", **{"evaluate.datasets": "grid,market1501", "evaluate.norm_statistics": "camera",
+                              "train.norm_by_camera": True, "optim.learning_rate": 0.1, "evaluate.picture": True})
+    by_camera = train_and_evaluate(config, tmp_path / "run")
+    assert "BN by each camera's training images, without labels" in capsys.readouterr().out
+    assert {row["norm_statistics"] for row in by_camera} == {"camera"}
+    page = report.write_report(tmp_path / "run" / "trial-00").read_text()
+    assert "BN by each camera&#39;s training images, without labels" in page
+    assert "results.json says" not in page  # its own ranking is by the same statistics
+    config.evaluate.norm_statistics = "run"
+    by_run = train_and_evaluate(config, tmp_path / "run", "evaluate")
+    names = [(row["dataset"], row["protocol"], row["trial"], row["feature"]) for row in by_run]
+    assert names == [(row["dataset"], row["protocol"], row["trial"], row["feature"]) for row in by_camera]
+    assert not any("norm_statistics" in row for row in by_run)
+    assert [row["mean_ap"] for row in by_run] != [row["mean_ap"] for row in by_camera]
+    config.evaluate.norm_statistics = "cameras"
+    with pytest.raises(UserError, match="norm_statistics='cameras' is unknown; known are run, data, camera"):
+        train_and_evaluate(config, tmp_path / "run", "evaluate")
 
 
 @pytest.mark.parametrize(("tested", "message"), [

@@ -25,8 +25,9 @@ class Parts:
         self.model = models.build_model(config, len(self.protocol.identities()))
         self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
         groups = sampling.identity_groups(self.protocol.labels(), config.train.images_per_identity)
+        cameras = self.protocol.cameras() if config.train.norm_by_camera else None
         self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
-                          self.mesh, groups)
+                          self.mesh, groups, cameras)
         self.state = train_step.init_state(config, self.model, self.optimizer, self.mesh)
 
 
@@ -55,7 +56,7 @@ def test_four_devices_compute_what_one_does_with_what_is_beyond_the_paper(smooth
     """Triplets are looked for in the batch (or its part) of all devices, whose features depend on one another."""
     smooth_config.update_from_flattened_dict({
         "model.cosine_scale": 30.0, "loss.margin": 0.1, "loss.triplet_weight": 1.0, "loss.triplet_margin": 1.5,
-        "train.images_per_identity": 2, "train.accumulation_steps": parts})
+        "train.images_per_identity": 2, "train.norm_by_camera": True, "train.accumulation_steps": parts})
     (one, one_metrics), (four, four_metrics) = run_steps(smooth_config, 1), run_steps(smooth_config, 4)
     for a, b in zip(one_metrics, four_metrics, strict=True):
         assert_close_trees(a, b)
@@ -200,18 +201,19 @@ def test_the_parts_of_a_batch_do_not_depend_on_the_devices(smooth_config):
 
 @pytest.mark.parametrize("images_per_identity", [0, 2])
 def test_both_loaders_take_the_same_parts(tiny_config, tmp_path, images_per_identity):
-    tiny_config.train.images_per_identity = images_per_identity
+    tiny_config.train.images_per_identity, tiny_config.train.norm_by_camera = images_per_identity, True
     parts = Parts(tiny_config, 4)
     tiny_config.data.loader, tiny_config.train.accumulation_steps = "tf_data", 2
     draw = functools.partial(device_data.draw, seed=tiny_config.seed, step=0, batch_size=8,
                              axis_name=parallel.BATCH_AXIS, parts=2)
-    _, drawn, _ = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
+    _, drawn, drawn_cameras = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
                                      out_specs=PartitionSpec(parallel.BATCH_AXIS), check_vma=False))(parts.data)
     run = train._check_run(tiny_config, tmp_path, parts.protocol, others=[], mesh=parts.mesh, mode="train", source={},
                            optimizer=parts.optimizer, make_step=None, make_forward=None,
                            make_statistics=None)
-    _, labels, _ = next(train._batches(run, 0))
+    _, labels, cameras = next(train._batches(run, 0))
     np.testing.assert_array_equal(labels, drawn)
+    np.testing.assert_array_equal(cameras, drawn_cameras)
     in_order = parts.protocol.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8,
                                                               parts.data.groups)]
     assert labels.tolist() != in_order.tolist()  # device by device, not part by part

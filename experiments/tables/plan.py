@@ -237,7 +237,7 @@ def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-_SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.flip_average", "evaluate.multi_query")
+_SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.norm_statistics", "evaluate.flip_average", "evaluate.multi_query")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
