@@ -1,9 +1,7 @@
 """The matching features of a trained run, for images from anywhere."""
 
-import contextlib
 import hashlib
 import json
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,15 @@ import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jlml_jax import evaluate, parallel
 from jlml_jax.checkpoints import SavedRun, load_run
-from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError
 from jlml_jax.models import build_model, is_identity_layer
-from jlml_jax.user_images import LoadedImage, UserImage, load_images, printable
+from jlml_jax.user_images import LoadedImage, UserImage, read_batches
 
 # Fields of config.model that say how it was trained, not what it computes.
 _TRAINING_FIELDS = ("cosine_scale", "loss", "norm_momentum")
-
-_LOOK_ON = 255  # images after a bad one that are read, though not embedded, to name more bad ones at once
-_MAX_SEEN = 1024  # known images handed on at a time
 
 
 def load_extractor(workdir: str | Path) -> "Extractor":
@@ -112,45 +105,9 @@ def check_fingerprint(what: str, fingerprint: str, extractor: Extractor) -> None
 
 def embed(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool,
           known: Collection[bytes] = frozenset()) -> Iterator[tuple[list[LoadedImage], list[LoadedImage], np.ndarray]]:
-    """Reads and embeds images batch by batch, with progress and the time left on a terminal.
-
-    Yields the images that were embedded, those that were not because their digest is in `known`, and the features
-    [number embedded, dim]. With `keep_going`, bad images are left out and told on stderr at the end.
-
-    Raises:
-        UserError: images are bad, and it is not to keep going, or there are no others.
-    """
-    errors, embedded, seen, good, last = [], [], [], 0, len(images)
-    progress = tqdm(load_images(images, extractor.height, extractor.width, known), "embedding", len(images),
-                    unit=" images", leave=False, disable=None)
-    with contextlib.closing(progress):
-        for position, loaded in enumerate(progress, 1):
-            if loaded.error:
-                last = last if errors else position + _LOOK_ON
-                errors.append(loaded.error)
-            if errors and not keep_going:
-                if position == last:
-                    break
-                continue
-            if not loaded.error:
-                good += 1
-                (embedded if loaded.pixels is not None else seen).append(loaded)
-            if len(embedded) == extractor.batch_size or len(seen) == _MAX_SEEN:
-                yield embedded, seen, _features(embedded, extractor)
-                embedded, seen = [], []
-    if errors and not keep_going:
-        raise UserError(f"{len(errors)} of the first {position:,} images (of {len(images):,}) are bad: "
-                        f"{first_few(errors, '; ')}; mend or remove them, or skip them with --keep_going")
-    if embedded or seen:
-        yield embedded, seen, _features(embedded, extractor)
-    for error in errors:
-        print("skipped:", printable(error), file=sys.stderr)
-    if errors:
-        print(f"{len(errors)} of {len(images):,} images were skipped", file=sys.stderr)
-    if not good:
-        raise UserError(f"no image can be read: {first_few(errors, '; ')}; give others")
-
-
-def _features(loaded: list[LoadedImage], extractor: Extractor) -> np.ndarray:
-    shape = (len(loaded), extractor.height, extractor.width, 3)
-    return extractor(np.array([image.pixels for image in loaded], np.uint8).reshape(shape))
+    """Reads and embeds images batch by batch, as `read_batches`, with the features [number read, dim]."""
+    batches = read_batches(images, extractor.height, extractor.width, extractor.batch_size, "embedding",
+                           keep_going=keep_going, known=known)
+    for read, seen in batches:
+        pixels = np.array([image.pixels for image in read], np.uint8)
+        yield read, seen, extractor(pixels.reshape(len(read), extractor.height, extractor.width, 3))

@@ -7,7 +7,7 @@ Normalization"), which `config.train.norm_by_camera` also trains with.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +23,7 @@ from jlml_jax.evaluate import FeatureCache, Features, decode_batches
 from jlml_jax.layers import SHARED_EXAMPLES
 from jlml_jax.protocols import Trial
 
-_MOST_IMAGES = 1_024  # of a camera or a data set: more change nothing that can be seen
+MOST_IMAGES = 1_024  # of a camera or a data set: more change nothing that can be seen
 
 Statistics = Callable[[Any, jax.Array], Any]
 
@@ -40,15 +40,28 @@ def make_statistics(model: nn.Module, config: ml_collections.ConfigDict, mesh: M
     return jax.jit(statistics, in_shardings=(replicated, rows), out_shardings=replicated)
 
 
+def of_batches(statistics: Statistics, variables: Any, batches: Iterable[np.ndarray], mesh: Mesh) -> Any:
+    """`batch_stats` over all batches, uint8 [B, H, W, 3] each: of each process its own rows."""
+    moments = [_moments(jax.device_get(statistics(variables, parallel.shard_batch(batch, mesh)))) for batch in batches]
+    return _from_moments(jax.tree.map(lambda *values: np.mean(values, 0), *moments))
+
+
 def of_images(statistics: Statistics, variables: Any, split: Split, data: ml_collections.ConfigDict, batch_size: int,
               mesh: Mesh) -> Any:
-    """`batch_stats` over the images of `split`, at most `_MOST_IMAGES` at random; their labels are not looked at."""
-    chosen = np.random.RandomState(0).permutation(len(split))[:_MOST_IMAGES]
-    batches = np.resize(chosen, (-(-len(chosen) // batch_size), batch_size))  # the last is filled from the first
-    rows = parallel.process_slice(batch_size)
-    images = decode_batches(split, iter(batches[:, rows]), data)
-    moments = [_moments(jax.device_get(statistics(variables, parallel.shard_batch(batch, mesh)))) for batch in images]
-    return _from_moments(jax.tree.map(lambda *values: np.mean(values, 0), *moments))
+    """`batch_stats` over the images of `split`, at most `MOST_IMAGES` at random; their labels are not looked at."""
+    batches = full_batches(chosen_images(len(split)), batch_size)[:, parallel.process_slice(batch_size)]
+    return of_batches(statistics, variables, decode_batches(split, iter(batches), data), mesh)
+
+
+def chosen_images(number: int) -> np.ndarray:
+    """At most `MOST_IMAGES` of so many, in random order: neighbours in a list are of one camera, or one person."""
+    return np.random.RandomState(0).permutation(number)[:MOST_IMAGES]
+
+
+def full_batches(images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Images [N, ...] as batches [batches, batch_size, ...]; the last one is filled up from the first image on."""
+    rows = np.resize(np.arange(len(images)), (-(-len(images) // batch_size), batch_size))
+    return images[rows]
 
 
 def refuse_no_images(trial: Trial, config: ml_collections.ConfigDict) -> None:

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import secrets
-import shutil
 import sys
 import zipfile
 import zlib
@@ -11,15 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jlml_jax import calibration, optim, parallel
-from jlml_jax.checkpoints import Checkpoints, SavedRun, flatten, read_description
-from jlml_jax.errors import UserError, exit_status, storage_errors_told
-from jlml_jax.models import build_model, variable_shapes
+from jlml_jax import calibration
+from jlml_jax.checkpoints import SavedRun, read_description
+from jlml_jax.errors import UserError, exit_status
+from jlml_jax.new_run import new_folder, write_checkpoint
 from jlml_jax.pack import ABOUT, CONFIG, FORMAT, LABEL_MAP, RESULTS, WEIGHTS
-from jlml_jax.train_step import init_state
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "market1501.zip"
 
@@ -39,21 +35,13 @@ def unpack(workdir: str | Path, file: str | Path = PRETRAINED) -> None:
         UserError: `workdir` is there already or cannot be written, or `file` is no packed run, or damaged.
     """
     workdir, file = Path(workdir), Path(file).expanduser()
-    if workdir.exists():
-        raise UserError(f"{workdir} is there already; give another --workdir")
-    part = workdir.with_name(f"{workdir.name}.{secrets.token_hex(4)}.part")
-    try:
-        with storage_errors_told(workdir.parent):
-            part.mkdir(parents=True)
-            step, variables = _extract(file, part)
-            try:
-                config, label_map = read_description(part)
-            except UserError as error:  # which names a folder that will be gone
-                raise _damaged(file, error.__cause__) from error
-            _write_checkpoint(part, SavedRun(file, config, label_map, step, variables))
-            part.rename(workdir)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with new_folder(workdir, "--workdir") as part:
+        step, variables = _extract(file, part)
+        try:
+            config, label_map = read_description(part)
+        except UserError as error:  # which names a folder that will be gone
+            raise _damaged(file, error.__cause__) from error
+        write_checkpoint(part, SavedRun(file, config, label_map, step, variables))
     print(f"{workdir}: trained on {label_map['dataset']}, {config.data.height}x{config.data.width}, step {step}")
 
 
@@ -88,28 +76,6 @@ def _extract(file: Path, folder: Path) -> tuple[int, dict[str, Any]]:
 
 def _damaged(file: Path, error: BaseException | None) -> UserError:
     return UserError(f"{file} is damaged or no packed run ({error}); get it again")
-
-
-def _write_checkpoint(folder: Path, run: SavedRun) -> None:
-    """The checkpoint of a finished run: momentum is gone, and not needed any more."""
-    config = run.config
-    model = build_model(config, sum(len(identities) for identities in run.label_map["identities"].values()))
-    expected = flatten(variable_shapes(model, config.data.height, config.data.width))
-    found = flatten(run.variables)
-    wrong = sorted(name for name in expected.keys() | found.keys()
-                   if name not in expected or name not in found or expected[name].shape != found[name].shape)
-    if wrong:
-        raise UserError(f"{run.workdir} has weights of another network than its config says, such as {wrong[0]}; "
-                        "use the version of jlml_jax that packed it")
-    mesh = parallel.make_mesh(jax.local_devices()[:1])
-    config = config.copy_and_resolve_references()
-    config.keep_identity_layers = True
-    state = init_state(config, model, optim.make_optimizer(config.optim, config.train.steps), mesh, run)
-    checkpoints = Checkpoints(folder, 1)
-    try:
-        checkpoints.save(run.step, state.replace(step=parallel.replicate(np.int32(run.step), mesh)), {"interval": {}})
-    finally:
-        checkpoints.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

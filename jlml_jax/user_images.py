@@ -1,18 +1,21 @@
 """A user's own images: listed from a folder, a CSV or a glob, then read, cropped, resized and hashed in threads."""
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import itertools
 import math
 import os
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from jlml_jax.datasets.base import JUNK, first_few, open_rgb, resize
 from jlml_jax.datasets.folder import NAME, identity_of, read_table
@@ -21,6 +24,8 @@ from jlml_jax.errors import UserError
 _BOX_COLUMNS = ("x", "y", "width", "height")
 _COLUMNS = ("image", "identity", "camera", *_BOX_COLUMNS)
 _MIN_SIDE = 4  # pixels; less than that shows nobody
+_LOOK_ON = 255  # images after a bad one that are looked at, though not used, to name more bad ones at once
+_MAX_SEEN = 1024  # known images handed on at a time
 _AHEAD = 256  # images read before they are asked for: enough for the device never to wait, and bounded
 
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the upright frame
@@ -209,6 +214,48 @@ def load_images(images: Sequence[UserImage], height: int, width: int, known: Col
             yield from pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def read_batches(images: Sequence[UserImage], height: int, width: int, batch_size: int, what: str, *,
+                 keep_going: bool, known: Collection[bytes] = frozenset()
+                 ) -> Iterator[tuple[list[LoadedImage], list[LoadedImage]]]:
+    """Reads images in order, `batch_size` at a time, with progress, called `what`, and the time left on a terminal.
+
+    Yields the images that were read, and those that were not because their digest is in `known`. With `keep_going`, bad
+    images are left out and told on stderr at the end.
+
+    Raises:
+        UserError: images are bad, and it is not to keep going, or there are no others.
+    """
+    errors, read, seen, good, last = [], [], [], 0, len(images)
+    progress = tqdm(load_images(images, height, width, known), what, len(images), unit=" images", leave=False,
+                    disable=None)
+    with contextlib.closing(progress):
+        for position, loaded in enumerate(progress, 1):
+            if loaded.error:
+                last = last if errors else position + _LOOK_ON
+                errors.append(loaded.error)
+            if errors and not keep_going:
+                if position == last:
+                    break
+                continue
+            if not loaded.error:
+                good += 1
+                (read if loaded.pixels is not None else seen).append(loaded)
+            if len(read) == batch_size or len(seen) == _MAX_SEEN:
+                yield read, seen
+                read, seen = [], []
+    if errors and not keep_going:
+        raise UserError(f"{len(errors)} of the first {position:,} images (of {len(images):,}) are bad: "
+                        f"{first_few(errors, '; ')}; mend or remove them, or skip them with --keep_going")
+    if read or seen:
+        yield read, seen
+    for error in errors:
+        print("skipped:", printable(error), file=sys.stderr)
+    if errors:
+        print(f"{len(errors)} of {len(images):,} images were skipped", file=sys.stderr)
+    if not good:
+        raise UserError(f"no image can be read: {first_few(errors, '; ')}; give others")
 
 
 def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes]) -> list[LoadedImage]:

@@ -1,0 +1,84 @@
+"""The adapt command, on a run of a few steps."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jlml_jax import adapt, load_extractor, norm_statistics, parallel
+from jlml_jax.checkpoints import load_run
+from jlml_jax.models import build_model
+from jlml_jax.train import train_and_evaluate
+
+
+def write_crops(folder, count, offset=0):
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 100, (count, 32, 16, 3), np.uint8) + np.uint8(offset)
+    for i, crop in enumerate(pixels):
+        Image.fromarray(crop).save(folder / f"{i:03d}.png")
+    return folder, pixels
+
+
+def run(capsys, *arguments):
+    status = adapt.main([str(argument) for argument in arguments])
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_run, tmp_path_factory):
+    """A folder that adapt has made, and the images that it was given."""
+    folder = tmp_path_factory.mktemp("adapted")
+    crops, pixels = write_crops(folder / "crops", 20, offset=120)
+    adapt.adapt(tiny_run, str(crops), folder / "run")
+    return folder / "run", pixels
+
+
+def test_statistics_are_those_of_the_images_and_all_else_is_the_runs(adapted, tiny_run):
+    folder, pixels = adapted
+    ours, theirs = load_run(folder), load_run(tiny_run)
+    for a, b in zip(*(jax.tree.leaves(run.variables["params"]) for run in (ours, theirs)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (ours.step, ours.label_map, ours.config) == (theirs.step, theirs.label_map, theirs.config)
+
+    mesh = parallel.make_mesh()
+    statistics = norm_statistics.make_statistics(build_model(theirs.config, 0), theirs.config, mesh)
+    order = norm_statistics.chosen_images(len(pixels))
+    assert sorted(order) == list(range(20))
+    size = theirs.config.evaluate.batch_size
+    expected = norm_statistics.of_batches(statistics, theirs.variables,
+                                          norm_statistics.full_batches(pixels[order], size), mesh)
+    for a, b, before in zip(*map(jax.tree.leaves, (ours.variables["batch_stats"], expected,
+                                                   theirs.variables["batch_stats"])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert np.abs(a - before).max() > 1e-3
+
+
+def test_commands_take_the_folder_and_its_features_are_others(adapted, tiny_extractor, capsys):
+    folder, pixels = adapted
+    extractor = load_extractor(folder)
+    assert extractor.fingerprint != tiny_extractor.fingerprint
+    assert np.abs(extractor(pixels) - tiny_extractor(pixels)).max() > 1e-2
+    config = load_run(folder).config
+    config.evaluate.picture = False
+    rows = train_and_evaluate(config, folder)
+    assert "is finished: 12 steps" in capsys.readouterr().out and rows[-1]["feature"] == "joint"
+
+
+def test_what_the_user_can_mend(adapted, tiny_run, tmp_path, capsys):
+    crops, _ = write_crops(tmp_path / "crops", 15)
+    output = tmp_path / "run"
+    status, _, error = run(capsys, "--workdir", tiny_run, "--images", crops, "--output", output)
+    assert status == 2 and "15 images are too few to adapt to; give at least 16" in error and error.count("\n") == 1
+    (crops / "bad.png").write_bytes(b"no picture")
+    for name in ("015.png", "016.png"):
+        Image.new("RGB", (16, 32)).save(crops / name)
+    status, _, error = run(capsys, "--workdir", tiny_run, "--images", crops, "--output", output)
+    assert status == 2 and "bad.png" in error and "--keep_going" in error
+    status, _, error = run(capsys, "--workdir", tmp_path / "nothing", "--images", crops, "--output", output)
+    assert status == 2 and "nothing is not a run's folder" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["crops"]  # nothing half-written
+
+    status, told, error = run(capsys, "--workdir", tiny_run, "--images", crops, "--output", output, "--keep_going")
+    assert status == 0 and "adapted to 17 images" in told and "bad.png" in error
+    status, _, error = run(capsys, "--workdir", tiny_run, "--images", crops, "--output", output)
+    assert status == 2 and "is there already; give another --output" in error
