@@ -79,7 +79,9 @@ def get_config() -> ConfigDict:
     # Parts that the batch is computed in, one after another, where it does not fit in memory; gradients are averaged.
     # BN normalises each part by its own statistics and updates the running ones with every part: a smaller batch's BN.
     train.accumulation_steps = 1
-    # Batch normalisation by the statistics of an image's camera in the batch, not the whole batch's.
+    # Batch normalisation by the statistics of an image's camera in the batch, not the whole batch's: for a test with
+    # evaluate.norm_statistics=camera, which is not for batches of more cameras than a few images each can be of.
+    # What knows no cameras (extract, search, export) goes by running statistics of all.
     train.norm_by_camera = False
     train.dtype = "auto"  # of convolutions: float32, bfloat16; auto: bfloat16 on GPU and TPU. Inference is in float32
     train.steps_per_dispatch = 0  # at most, with all images on the devices; 0: 25, and 1 on a CPU

@@ -143,34 +143,39 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (features,))
         if train:
-            wide = x.astype(jnp.float32)
-            if groups is None:
-                moments = jnp.stack([wide.mean(0), jnp.square(wide).mean(0)])
-                if self.axis_name is not None and not self.is_initializing():
-                    moments = jax.lax.pmean(moments, self.axis_name)
-            else:
-                wide = wide.reshape(len(groups), -1, features)
-                by_example = jnp.stack([wide.mean(1), jnp.square(wide).mean(1)])
-                sums = jnp.einsum("bg,mbc->mgc", groups, by_example, precision=jax.lax.Precision.HIGHEST)
-                counts = groups.sum(0)
-                if self.axis_name is not None and not self.is_initializing():
-                    sums, counts = jax.lax.psum((sums, counts), self.axis_name)
-                moments = sums.sum(1) / counts.sum()
-                by_group = (sums + SHARED_EXAMPLES * moments[:, None]) / (counts + SHARED_EXAMPLES)[:, None]
+            moments, by_group = self._moments(x.astype(jnp.float32), groups)
             mean, var = _mean_and_variance(moments)
             if not self.is_initializing():
                 running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
                 running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
             if groups is not None:
-                mean, var = (groups @ values for values in _mean_and_variance(by_group))
-                multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
-                x = x.reshape(len(groups), -1, features)
-                y = x * multiplier[:, None] + (bias - mean * multiplier)[:, None]
-                return y.astype(self.dtype).reshape(shape)
+                mean, var = (_exact("bg,gc->bc", groups, values) for values in _mean_and_variance(by_group))
         else:
             mean, var = running_mean.value, running_var.value
         multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
-        return (x * multiplier + (bias - mean * multiplier)).astype(self.dtype).reshape(shape)
+        offset = bias - mean * multiplier
+        if multiplier.ndim > 1:  # each example's own
+            x = x.reshape(len(multiplier), -1, features)
+            multiplier, offset = multiplier[:, None], offset[:, None]
+        return (x * multiplier + offset).astype(self.dtype).reshape(shape)
+
+    def _moments(self, x: jax.Array, groups: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """E[x] and E[x^2] of `x` [pixels of all examples, C], [2, C], and by group, [2, G, C], if there are any."""
+        on_mesh = self.axis_name is not None and not self.is_initializing()
+        if groups is None:
+            moments = jnp.stack([x.mean(0), jnp.square(x).mean(0)])
+            return jax.lax.pmean(moments, self.axis_name) if on_mesh else moments, None
+        x = x.reshape(len(groups), -1, x.shape[-1])
+        sums = _exact("bg,mbc->mgc", groups, jnp.stack([x.mean(1), jnp.square(x).mean(1)]))
+        counts = groups.sum(0)
+        if on_mesh:
+            sums, counts = jax.lax.psum((sums, counts), self.axis_name)
+        moments = sums.sum(1) / counts.sum()
+        return moments, (sums + SHARED_EXAMPLES * moments[:, None]) / (counts + SHARED_EXAMPLES)[:, None]
+
+
+# Statistics are not to be rounded, as the default precision of a TPU and of a GPU's tensor cores would.
+_exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _mean_and_variance(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
