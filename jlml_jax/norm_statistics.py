@@ -23,7 +23,7 @@ from jlml_jax.evaluate import FeatureCache, Features, decode_batches
 from jlml_jax.layers import SHARED_EXAMPLES
 from jlml_jax.protocols import Trial
 
-MOST_IMAGES = 1_024  # of a camera or a data set: more change nothing that can be seen
+MOST_IMAGES = 1_024  # of a camera or a data set: eight batches
 
 Statistics = Callable[[Any, jax.Array], Any]
 
