@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jlml_jax.errors import UserError, exit_status
 from jlml_jax.models import build_model
 from jlml_jax.new_run import new_folder, write_checkpoint
 from jlml_jax.pack import CONFIG, LABEL_MAP
-from jlml_jax.user_images import list_images, read_batches
+from jlml_jax.user_images import UserImage, list_images, read_batches
 
 FEWEST_IMAGES = 16  # statistics of less would be those of single pictures
 
@@ -42,8 +43,9 @@ def adapt(workdir: str, images: str, output: str | Path, *, keep_going: bool = F
         for note in listing.notes:
             print(note)
         run = load_run(workdir)
-        chosen = [listing.images[index] for index in norm_statistics.chosen_images(len(listing.images))]
-        pixels = _read(chosen, run, keep_going)
+        # In the list's order, in which the boxes of one frame follow each other: it is then decoded once.
+        chosen = np.sort(norm_statistics.chosen_images(len(listing.images)))
+        pixels = _read([listing.images[index] for index in chosen], run, keep_going)
         batch_stats = _statistics(run, pixels)
         # Not the results or the thresholds, which are those of other statistics.
         (part / CONFIG).write_text(run.config.to_json(indent=1))
@@ -53,7 +55,7 @@ def adapt(workdir: str, images: str, output: str | Path, *, keep_going: bool = F
     print(f"{output}: {workdir}, step {run.step}, adapted to {len(pixels):,} images")
 
 
-def _read(images: Sequence, run: SavedRun, keep_going: bool) -> np.ndarray:
+def _read(images: Sequence[UserImage], run: SavedRun, keep_going: bool) -> np.ndarray:
     """uint8 [N, height, width, 3]."""
     data = run.config.data
     batches = read_batches(images, data.height, data.width, run.config.evaluate.batch_size, "reading",
@@ -64,12 +66,13 @@ def _read(images: Sequence, run: SavedRun, keep_going: bool) -> np.ndarray:
     return pixels
 
 
-def _statistics(run: SavedRun, pixels: np.ndarray) -> dict:
+def _statistics(run: SavedRun, pixels: np.ndarray) -> dict[str, Any]:
+    """`batch_stats` over the images, in random order."""
     mesh, config = parallel.make_mesh(jax.local_devices()), run.config
     parallel.keep_programs(config.compilation_cache)
     statistics = norm_statistics.make_statistics(build_model(config, num_identities=0), config, mesh)
     batch_size = -(-config.evaluate.batch_size // mesh.size) * mesh.size
-    batches = norm_statistics.full_batches(pixels, batch_size)
+    batches = norm_statistics.full_batches(pixels[norm_statistics.chosen_images(len(pixels))], batch_size)
     return norm_statistics.of_batches(statistics, parallel.replicate(run.variables, mesh), batches, mesh)
 
 

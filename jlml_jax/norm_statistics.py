@@ -1,4 +1,4 @@
-"""What batch normalisation normalises by at test: statistics of the images that are tested, without their labels.
+"""What batch normalisation normalises by at test: statistics of images by the tested cameras, without their labels.
 
 A network that was trained by some cameras meets others with the running statistics of the first. Those of a few images
 of the new ones in their place are AdaBN (Li et al. 2016), those of each camera's own are camera-based batch
