@@ -56,7 +56,7 @@ class Trial:
         """The cameras of the training images, float32 [N, number of cameras], one-hot; each data set has its own."""
         dataset = np.searchsorted(sorted(self.offsets.values()), self.train.identities)
         _, camera = np.unique(np.stack([dataset, self.train.cameras]), axis=1, return_inverse=True)
-        return np.eye(camera.max() + 1, dtype=np.float32)[camera]
+        return np.eye(camera.max() + 1, dtype=np.float32)[camera.ravel()]  # NumPy 2.0 has a second axis
 
     def people(self) -> dict[str, list[int]]:
         """The training identities by data set, in the order of the classes."""

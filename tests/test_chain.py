@@ -139,6 +139,19 @@ def test_weights_arrive_link_by_link(link, runs, pretrained, both, capsys):
     assert load_run(runs / "market").label_map["init_from"] == load_run(pretrained).label_map
 
 
+def test_cameras_of_data_sets_trained_on_together_are_each_their_own(link):
+    """Both have a camera 1, which is not the same one."""
+    data = link("cuhk03/labeled+market1501").data
+    trial = protocols.load(data.name, data).trial(0)
+    cameras = trial.cameras()
+    assert cameras.shape[0] == len(trial.train) and (cameras.sum(axis=1) == 1).all() and set(cameras.flat) == {0, 1}
+    of_market = trial.train.identities > trial.offsets["market1501"]
+    pairs = set(zip(of_market.tolist(), trial.train.cameras.tolist(), strict=True))
+    assert cameras.shape[1] == len(pairs) > len({camera for _, camera in pairs})
+    for group in cameras.T.astype(bool):
+        assert len(np.unique(of_market[group])) == len(np.unique(trial.train.cameras[group])) == 1
+
+
 def test_a_further_run_on_the_same_people_keeps_their_identity_layers(link, tmp_path, capsys):
     train_and_evaluate(link("market1501", **{"optim.learning_rate": 0.1}), tmp_path / "first", "train")
     further = {"keep_identity_layers": True, "optim.learning_rate": 0.0, "seed": 1, "data.height": 32}
