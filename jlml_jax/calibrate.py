@@ -1,6 +1,7 @@
 """Measures how far apart images of the same and of different people are, and sets the thresholds for "same person"."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.base import DISTRACTOR, JUNK
 from jlml_jax.datasets.folder import NOBODY
 from jlml_jax.errors import UserError, exit_status
-from jlml_jax.extractor import Extractor, check_fingerprint, load_extractor
+from jlml_jax.extractor import Extractor, check_fingerprint, load_extractor, tell_unknown_cameras
 
 _DETAILS = """All pairs of the images count: the same person from different cameras, and different persons. In a file of
 features, the identity distractor is somebody else, who is not told apart from other distractors; junk does not
@@ -44,12 +45,15 @@ def _labelled_test(workdir: Path, dataset: str | None, extractor: Extractor) -> 
         raise UserError(f"{trial.dataset} has no queries and gallery; give --dataset or --features")
     protocols.refuse_trained_on(trial, run.label_map)
     splits = [trial.query, trial.gallery]
+    cameras = [[str(camera) for camera in split.cameras] for split in splits]
+    tell_unknown_cameras(itertools.chain(*cameras), extractor)
     features = []
-    for split in splits:
+    for split, names in zip(splits, cameras, strict=True):
         starts = range(0, len(split), extractor.batch_size)
         for start in tqdm(starts, f"features of {len(split):,} images", unit=" batches", leave=False, disable=None):
             rows = split.select(np.arange(start, min(start + extractor.batch_size, len(split))))
-            features.append(extractor(rows.decode(extractor.height, extractor.width)))
+            features.append(extractor(rows.decode(extractor.height, extractor.width),
+                                      names[start:start + extractor.batch_size]))
     labels = (np.concatenate([getattr(split, field) for split in splits]) for field in ("identities", "cameras"))
     return (np.concatenate(features), *labels), trial.dataset
 

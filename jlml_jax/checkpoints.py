@@ -27,7 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from configs import default
-from jlml_jax import parallel
+from jlml_jax import camera_statistics, parallel
+from jlml_jax.camera_statistics import CameraStatistics
 from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError, storage_errors_told
 
@@ -161,6 +162,7 @@ class SavedRun:
     label_map: dict[str, Any]
     step: int  # of the checkpoint
     variables: dict[str, Any]  # params and batch_stats, NumPy arrays
+    cameras: CameraStatistics | None = None  # if it has any
 
 
 def trial_folder(number: int) -> str:
@@ -222,7 +224,8 @@ def load_run(workdir: str | Path) -> SavedRun:
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"checkpoint {step} in {path.parents[1]} does not restore ({str(error)[:200]}); it is as it "
                         "was written, perhaps by other versions of JAX, Flax or Orbax: use those") from error
-    return SavedRun(workdir, config, label_map, step, variables)
+    cameras = camera_statistics.read(workdir / camera_statistics.FILE, variables["batch_stats"])
+    return SavedRun(workdir, config, label_map, step, variables, cameras)
 
 
 def refuse_other_network(run: SavedRun, config: ml_collections.ConfigDict) -> None:

@@ -1,6 +1,7 @@
 """Compares two images: how far apart they are, and whether they show the same person."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 
 from jlml_jax import calibration
 from jlml_jax.errors import exit_status
-from jlml_jax.extractor import load_extractor
+from jlml_jax.extractor import load_extractor, tell_unknown_cameras
 from jlml_jax.user_images import load_query
 
 _EXAMPLE = """example:
@@ -17,13 +18,20 @@ _EXAMPLE = """example:
 """
 
 
-def compare(workdir: str | Path, images: tuple[str, str]) -> None:
-    """Prints the distance of two images, and the verdict if the run is calibrated."""
+def compare(workdir: str | Path, images: tuple[str, str], cameras: tuple[str, str] | None = None) -> None:
+    """Prints the distance of two images, and the verdict if the run is calibrated.
+
+    `cameras` are theirs; None: what their names tell, if they are like Market-1501's.
+    """
     extractor = load_extractor(workdir)
     verdicts = calibration.load_verdicts(Path(workdir), extractor)
+    loaded = [load_query(image, extractor.height, extractor.width) for image in images]
+    if cameras is not None:
+        loaded = [(dataclasses.replace(image, camera=camera), pixels)
+                  for (image, pixels), camera in zip(loaded, cameras, strict=True)]
+    tell_unknown_cameras([image.camera for image, _ in loaded], extractor)
     # One at a time: as many as there are devices go through in a small batch.
-    a, b = (extractor(load_query(image, extractor.height, extractor.width)[1][None])[0].astype(np.float64)
-            for image in images)
+    a, b = (extractor(pixels[None], [image.camera])[0].astype(np.float64) for image, pixels in loaded)
     distance = float(np.linalg.norm(a - b))
     print(f"distance {distance:.4f}")
     print(verdicts.of(distance) if verdicts else
@@ -37,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs=2, metavar="IMAGE", help="an image of a person")
     parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
+    parser.add_argument("--cameras", nargs=2, metavar="NAME",
+                        help="theirs (default: what the images' names tell, if they are like Market-1501's)")
     options = parser.parse_args(arguments)
-    return exit_status(lambda: compare(options.workdir, options.images))
+    return exit_status(lambda: compare(options.workdir, options.images, options.cameras))
 
 
 if __name__ == "__main__":

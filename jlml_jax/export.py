@@ -7,6 +7,7 @@ up to 8 of 255 levels away where it shrinks).
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import sys
@@ -25,9 +26,11 @@ from jlml_jax import parallel, provenance
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import SavedRun, load_run, write_atomically
 from jlml_jax.datasets import synthetic_drawing
+from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.evaluate import make_forward, matching_features
 from jlml_jax.models import build_model
+from jlml_jax.user_images import printable
 
 FORMATS = ("onnx", "stablehlo")
 INPUTS = {
@@ -45,7 +48,8 @@ _EXAMPLE = """example:
 Embed = Callable[[np.ndarray], np.ndarray]  # images as the exported graph takes them -> features float32 [B, dim]
 
 
-def export_run(workdir: str | Path, file_format: str, output: str | Path, signature: str = "uint8_nhwc") -> None:
+def export_run(workdir: str | Path, file_format: str, output: str | Path, signature: str = "uint8_nhwc",
+               camera: str | None = None) -> None:
     """Writes the run in `workdir` to the file `output`, and prints what it takes and gives.
 
     Both formats map `images`, of any batch size and of the run's height and width, to `features` float32 [batch, dim]:
@@ -58,10 +62,12 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
         output: the file; an existing one is replaced.
         signature: "uint8_nhwc", images uint8 [batch, height, width, 3], or "float32_nchw", images float32
             [batch, 3, height, width], already normalised.
+        camera: whose statistics batch normalisation goes by, in a run that has them by camera; None: the run's own.
 
     Raises:
-        UserError: the run does not load, `output` cannot be written, onnx is not installed, or the exported features
-            differ from the run's by more than 1e-4 of their norm. Nothing is written then.
+        UserError: the run does not load or has no statistics of `camera`, `output` cannot be written, onnx is not
+            installed, or the exported features differ from the run's by more than 1e-4 of their norm. Nothing is
+            written then.
     """
     output = Path(output)
     if file_format not in FORMATS:
@@ -74,13 +80,20 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
     build = _onnx_builder() if file_format == "onnx" else _build_stablehlo
 
     run = load_run(workdir)
+    if camera is not None:
+        known = run.cameras.cameras if run.cameras else ()
+        if camera not in known:
+            raise UserError(f"{workdir} has no statistics of camera {printable(camera)}; it has them of "
+                            + (first_few([printable(name) for name in known]) or "no camera (make them with "
+                               "python -m jlml_jax.adapt --by_camera)"))
+        run = dataclasses.replace(run, variables=run.variables | {"batch_stats": run.cameras.of(camera)})
     # By default GPUs and TPUs multiply with 10 bits of mantissa or fewer, which misses the tolerance by itself.
     with jax.default_matmul_precision("highest"):
         images = synthetic_drawing.draw_crops(max(BATCH_SIZES), run.config.data.height, run.config.data.width)
         expected = _features_of_run(run, images)
         if not np.isfinite(expected).all():
             raise UserError(f"{workdir} gives features that are not finite; its weights are unusable: train again")
-        metadata = _describe(run, signature, expected.shape[1])
+        metadata = _describe(run, signature, expected.shape[1]) | ({} if camera is None else {"camera": camera})
         content, embed = build(run, signature, metadata)
     error = _max_relative_error(embed, _as_input(images, signature, run.config.data), expected)
     if not error <= TOLERANCE:  # also where it is NaN
@@ -238,8 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="FILE", help="what to write, or to replace")
     parser.add_argument("--input", default="uint8_nhwc", metavar="|".join(INPUTS),
                         help="what the graph takes. " + ". ".join(f"{name}: {text}" for name, text in INPUTS.items()))
+    parser.add_argument("--camera", metavar="NAME",
+                        help="whose statistics to go by, in a run that jlml_jax.adapt --by_camera has made")
     options = parser.parse_args(arguments)
-    return exit_status(lambda: export_run(options.workdir, options.format, options.output, options.input))
+    return exit_status(lambda: export_run(options.workdir, options.format, options.output, options.input,
+                                          options.camera))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The matching features of a trained run, for images from anywhere."""
 
+import collections
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from jlml_jax import evaluate, parallel
+from jlml_jax import camera_statistics, evaluate, parallel
+from jlml_jax.camera_statistics import CameraStatistics
 from jlml_jax.checkpoints import SavedRun, load_run
+from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError
 from jlml_jax.models import build_model, is_identity_layer
-from jlml_jax.user_images import LoadedImage, UserImage, read_batches
+from jlml_jax.user_images import LoadedImage, UserImage, printable, read_batches
 
 # Fields of config.model that say how it was trained, not what it computes.
 _TRAINING_FIELDS = ("cosine_scale", "loss", "norm_momentum")
@@ -36,12 +40,13 @@ class Extractor:
     Any B will do: images go to the device in batches of `evaluate.batch_size`, the last one padded, so that nothing is
     compiled again for another B. No more images than there are devices go in a batch of that size, so that one image
     costs no more than one. The features are normalised as the run's `evaluate.normalize` says; L2 distance compares
-    them.
+    them. Batch normalisation goes by the statistics of an image's camera, where the run has some of it.
 
     Attributes:
         height, width: the input size of the run, pixels.
         dim: length of a feature: 1,024 unless the run says otherwise.
         batch_size: images a full batch.
+        cameras: those that the run has statistics of; none unless `jlml_jax.adapt --by_camera` has made it.
         fingerprint: 16 hex digits that differ where features would: over the weights and the fields of the config that
             change them. Features of two fingerprints must not be compared.
     """
@@ -55,25 +60,36 @@ class Extractor:
         self.height, self.width = config.data.height, config.data.width
         self.dim = sum(config.model[f"{branch}_feature_dim"] for branch in model.active_branches())
         self.batch_size = -(-config.evaluate.batch_size // mesh.size) * mesh.size
-        self.fingerprint = _fingerprint(config, variables)
+        self.cameras = run.cameras.cameras if run.cameras else ()
+        self.fingerprint = _fingerprint(config, variables, run.cameras)
         self._normalize, self._mesh = config.evaluate.normalize, mesh
+        self._by_camera = run.cameras and camera_statistics.table(run.cameras, variables["batch_stats"])
         self._variables = parallel.replicate(variables, mesh)
         self._forward = evaluate.make_forward(model, config, mesh)
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Raises ValueError for another dtype or shape, UserError if the weights are such that features overflow."""
+    def __call__(self, images: np.ndarray, cameras: Sequence[str] | None = None) -> np.ndarray:
+        """Features of images, each by its camera; None, or one that is not in `self.cameras`: by the run's statistics.
+
+        Raises:
+            ValueError: images of another dtype or shape, or not a camera each.
+            UserError: the weights are such that features overflow.
+        """
         images = np.asarray(images)
         expected = (self.height, self.width, 3)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
             raise ValueError(f"images must be uint8 [B, {self.height}, {self.width}, 3], got {images.dtype} "
                              f"{list(images.shape)}")
+        cameras = [""] * len(images) if cameras is None else cameras
+        if len(cameras) != len(images):
+            raise ValueError(f"{len(cameras)} cameras for {len(images)} images")
         size = self._mesh.size if len(images) <= self._mesh.size else self.batch_size
         features = np.empty((len(images), self.dim), np.float32)
         for start in range(0, len(images), size):
             rows = images[start:start + size]
             padded = np.zeros((size, *expected), np.uint8)
             padded[:len(rows)] = rows
-            branches = self._forward(self._variables, parallel.shard_batch(padded, self._mesh))
+            variables = self._variables_of([*cameras[start:start + size], *[""] * (size - len(rows))])
+            branches = self._forward(variables, parallel.shard_batch(padded, self._mesh))
             branches = {name: np.asarray(values, np.float32)[:len(rows)] for name, values in branches.items()}
             matching = evaluate.matching_features(branches, self._normalize)
             features[start:start + size] = list(matching.values())[-1]  # joint where there are two branches
@@ -81,12 +97,23 @@ class Extractor:
             raise UserError("features are not finite; the weights are unusable: train again")
         return features
 
+    def _variables_of(self, cameras: Sequence[str]) -> Any:
+        """What the network takes for a batch of these cameras, with statistics [B, channels] if they differ."""
+        if not self._by_camera:
+            return self._variables
+        rows = camera_statistics.rows(self.cameras, cameras)
+        of_batch = jax.tree.map(lambda table: table[rows], self._by_camera)
+        return self._variables | {"batch_stats": parallel.replicate(of_batch, self._mesh)}
 
-def _fingerprint(config: ml_collections.ConfigDict, variables: dict[str, Any]) -> str:
+
+def _fingerprint(config: ml_collections.ConfigDict, variables: dict[str, Any], cameras: CameraStatistics | None) -> str:
     model = {name: value for name, value in config.model.items() if name not in _TRAINING_FIELDS}
     data = {name: config.data[name] for name in ("height", "width", "mean", "std")}
     fields = {"model": model, "data": data, "normalize": config.evaluate.normalize,
               "flip_average": config.evaluate.flip_average}
+    if cameras:
+        fields["cameras"] = cameras.cameras
+        variables = {**variables, "camera_batch_stats": cameras.batch_stats}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     leaves = jax.tree_util.tree_leaves_with_path(variables)  # in the order of the sorted paths
     for path, leaf in leaves:
@@ -103,11 +130,22 @@ def check_fingerprint(what: str, fingerprint: str, extractor: Extractor) -> None
                         f"({extractor.fingerprint}); give its run, or make it anew")
 
 
+def tell_unknown_cameras(cameras: Iterable[str], extractor: Extractor) -> None:
+    """Says on stderr of which images, by the camera of each, a run with statistics by camera has none."""
+    unknown = collections.Counter(camera for camera in cameras if camera not in extractor.cameras)
+    if extractor.cameras and unknown:
+        print(f"{unknown.total():,} images go by the statistics of all cameras together, as the run has none of "
+              + first_few([f"camera {printable(camera)}" if camera else "an unknown camera" for camera in unknown]),
+              file=sys.stderr)
+
+
 def embed(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool,
           known: Collection[bytes] = frozenset()) -> Iterator[tuple[list[LoadedImage], list[LoadedImage], np.ndarray]]:
     """Reads and embeds images batch by batch, as `read_batches`, with the features [number read, dim]."""
+    tell_unknown_cameras((image.camera for image in images), extractor)
     batches = read_batches(images, extractor.height, extractor.width, extractor.batch_size, "embedding",
                            keep_going=keep_going, known=known)
     for read, seen in batches:
         pixels = np.array([image.pixels for image in read], np.uint8)
-        yield read, seen, extractor(pixels.reshape(len(read), extractor.height, extractor.width, 3))
+        yield read, seen, extractor(pixels.reshape(len(read), extractor.height, extractor.width, 3),
+                                    [loaded.image.camera for loaded in read])

@@ -116,6 +116,11 @@ class Gallery:
             raise self._damaged(f"row {row} is not an image")
         return UserImage(Path(file), file, identity, camera, None if box[0] is None else tuple(box))
 
+    def cameras_of(self, digests: Collection[bytes]) -> dict[bytes, str]:
+        """The cameras of those images, of any digests, that are in the gallery; empty where not known."""
+        return {digest: camera for digest in digests
+                for camera, in self._query("SELECT camera FROM images WHERE digest = ?", digest)}
+
     def rows(self, digests: Collection[bytes]) -> np.ndarray:
         """The rows of those images, of any digests, that are in the gallery; int64 [M], sorted."""
         found = [row for digest in set(digests)

@@ -126,6 +126,8 @@ class BatchNorm(nn.Module):
     With `groups`, float32 [B, G], one-hot, an example is normalised in training by the statistics of its group's in the
     batch (of its camera's: Zhuang et al. 2020). To these `SHARED_EXAMPLES` of the whole batch are added, since those of
     one or two examples would be no estimate. The running statistics stay those of the whole batch.
+
+    At test the statistics, [channels], may also be each example's own: [B, channels] in the place of the running ones.
     """
 
     axis_name: str | None

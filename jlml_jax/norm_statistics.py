@@ -53,6 +53,16 @@ def of_images(statistics: Statistics, variables: Any, split: Split, data: ml_col
     return of_batches(statistics, variables, decode_batches(split, iter(batches), data), mesh)
 
 
+def of_camera(own: Any, number: int, of_all: Any) -> Any:
+    """A camera's `batch_stats`, from those of its `number` images and those of all cameras' images together.
+
+    To its images `SHARED_EXAMPLES` of all are added, as in training: they count where it has a few.
+    """
+    share = SHARED_EXAMPLES / (number + SHARED_EXAMPLES)
+    return _from_moments(jax.tree.map(lambda own, shared: (1 - share) * own + share * shared,
+                                      _moments(own), _moments(of_all)))
+
+
 def chosen_images(number: int) -> np.ndarray:
     """At most `MOST_IMAGES` of so many, in random order: neighbours in a list are of one camera, or one person."""
     return np.random.RandomState(0).permutation(number)[:MOST_IMAGES]
@@ -74,10 +84,7 @@ def refuse_no_images(trial: Trial, config: ml_collections.ConfigDict) -> None:
 
 def adapted(statistics: Statistics, variables: dict[str, Any], split: Split, source: str,
             data: ml_collections.ConfigDict, batch_size: int, mesh: Mesh) -> dict[int | None, dict[str, Any]]:
-    """The variables to test with: with `source` "camera" one for each camera of `split`, and under None those of all.
-
-    To a camera's images `SHARED_EXAMPLES` of all are added, as in training: they count where it has a few.
-    """
+    """The variables to test with: under None those of all images, with `source` "camera" also each camera's own."""
     def measured(images: Split) -> Any:
         return of_images(statistics, variables, images, data, batch_size, mesh)
 
@@ -85,10 +92,7 @@ def adapted(statistics: Statistics, variables: dict[str, Any], split: Split, sou
     found = {None: of_all}
     for camera in np.unique(split.cameras).tolist() if source == "camera" else ():
         rows = np.flatnonzero(split.cameras == camera)
-        share = SHARED_EXAMPLES / (len(rows) + SHARED_EXAMPLES)
-        found[camera] = _from_moments(jax.tree.map(
-            lambda own, shared, share=share: (1 - share) * own + share * shared,
-            _moments(measured(split.select(rows))), _moments(of_all)))
+        found[camera] = of_camera(measured(split.select(rows)), len(rows), of_all)
     return {camera: parallel.replicate(variables | {"batch_stats": batch_stats}, mesh)
             for camera, batch_stats in found.items()}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jlml_jax import calibration, parallel
+from jlml_jax import calibration, camera_statistics, parallel
 from jlml_jax.checkpoints import flatten, load_run, write_atomically
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError, exit_status
@@ -25,8 +25,9 @@ TOLERANCE = 1e-2  # of the features, relative to their norm
 _CROPS = 5
 
 _EXAMPLE = """The file is a zip archive of the config, the label map, the results, the thresholds if calibrate has
-measured them for these very weights, and the weights, matrices and kernels in float16: by how much that moves the
-features of drawn people is told. python -m jlml_jax.unpack makes a run's folder of it.
+measured them for these very weights, the statistics by camera if adapt has made any, and the weights, matrices and
+kernels in float16: by how much that moves the features of drawn people is told. python -m jlml_jax.unpack makes a run's
+folder of it.
 
 example:
   python -m jlml_jax.pack --workdir=runs/market1501 --output=market1501.zip
@@ -69,6 +70,8 @@ def pack(workdir: str | Path, output: str | Path) -> None:
             archive.write(run.workdir / RESULTS, RESULTS)
         if calibrated:
             archive.write(run.workdir / calibration.FILE, calibration.FILE)
+        if run.cameras:
+            archive.writestr(camera_statistics.FILE, camera_statistics.to_bytes(run.cameras))
         for name, array in flatten(packed).items():
             with archive.open(f"{WEIGHTS}{name}.npy", "w") as member:
                 np.save(member, array, allow_pickle=False)

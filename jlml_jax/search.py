@@ -1,6 +1,7 @@
 """Finds the images of a gallery that are nearest to a query, and adds images to a gallery that lasts."""
 
 import argparse
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -12,10 +13,10 @@ from PIL import Image, ImageDraw
 from jlml_jax import calibration, features_file
 from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError, exit_status
-from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor
+from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor, tell_unknown_cameras
 from jlml_jax.features_file import FeaturesFile
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
-from jlml_jax.user_images import UserImage, list_images, load_one, load_query, printable
+from jlml_jax.user_images import LoadedImage, UserImage, list_images, load_one, load_query, printable
 
 _DETAILS = """--gallery is a folder, CSV or glob of images as extract takes them; or a file that extract has made; or a
 gallery folder. Images are kept in a gallery folder (--index, or one of their own in RUN/galleries), so that the
@@ -45,6 +46,8 @@ def update_gallery(folder: Path, images: Sequence[UserImage], extractor: Extract
     digests, before = [], len(gallery)
     with gallery.writing():
         for new, seen, features in embed(images, extractor, keep_going=keep_going, known=gallery.digests()):
+            if extractor.cameras:
+                _refuse_other_cameras(gallery, [*new, *seen])
             gallery.add(new, features, seen)
             digests += [loaded.digest for loaded in [*new, *seen]]
     rows = gallery.rows(digests)
@@ -52,6 +55,18 @@ def update_gallery(folder: Path, images: Sequence[UserImage], extractor: Extract
     print(f"{folder}: {len(gallery) - before:,} images added, {len(gallery):,} in it"
           + (f"; {copies:,} listed images are copies of others and are kept once" if copies else ""))
     return gallery, rows
+
+
+def _refuse_other_cameras(gallery: Gallery, images: Sequence[LoadedImage]) -> None:
+    """An image goes by its camera's statistics: it cannot be kept as one camera's, and then be another's."""
+    first = gallery.cameras_of({loaded.digest for loaded in images})
+    for loaded in images:
+        camera = loaded.image.camera
+        kept = first.setdefault(loaded.digest, camera)
+        if camera not in ("", kept):
+            raise UserError(f"{loaded.image} is of camera {printable(camera)} now, and in {gallery.folder} of "
+                            f"{printable(kept) or 'an unknown one'}, by whose statistics its features are; make the "
+                            "gallery anew")
 
 
 def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, keep_going: bool
@@ -100,8 +115,8 @@ def _eligible(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, only: Se
 
 
 def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int = 10, cameras: Sequence[str] = (),
-           excluded_cameras: Sequence[str] = (), exclude_own_camera: bool = False, picture: str | None = None,
-           index: str | None = None, keep_going: bool = False) -> None:
+           excluded_cameras: Sequence[str] = (), exclude_own_camera: bool = False, query_camera: str | None = None,
+           picture: str | None = None, index: str | None = None, keep_going: bool = False) -> None:
     """Prints the `top_k` images of `gallery` that are nearest to the image `query`; without one, adds images only."""
     workdir = Path(workdir)
     if top_k < 1:
@@ -110,16 +125,20 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
     verdicts = calibration.load_verdicts(workdir, extractor)
     if query is not None:  # first of all: adding may take long
         query_image, pixels = load_query(query, extractor.height, extractor.width)
+        if query_camera is not None:
+            query_image = dataclasses.replace(query_image, camera=query_camera)
         if exclude_own_camera:
             if not query_image.camera:
                 raise UserError(f"{query}: the name does not tell its camera, as Market-1501's do; give "
-                                "--exclude_camera=CAMERA instead of --exclude_own_camera")
+                                "--query_camera=CAMERA")
             excluded_cameras = [*excluded_cameras, query_image.camera]
+        tell_unknown_cameras([query_image.camera], extractor)
+        query_feature, = extractor(pixels[None], [query_image.camera])
     opened, rows = _open(gallery, index, workdir, extractor, keep_going)
     if query is None:
         return
     eligible = _eligible(opened, rows, cameras, excluded_cameras)
-    found, distances = NearestNeighbours(opened.features).search(extractor(pixels[None])[0], top_k, eligible)
+    found, distances = NearestNeighbours(opened.features).search(query_feature, top_k, eligible)
     if not len(found):
         raise UserError(f"{gallery} has no images to search" + (" of these cameras" if eligible is not None else ""))
     images = [opened.image(row) for row in found]
@@ -173,8 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--top_k", type=int, default=10, metavar="K", help="how many to find (default: 10)")
     parser.add_argument("--camera", type=_names, default=[], metavar="NAMES", help="search these cameras only")
     parser.add_argument("--exclude_camera", type=_names, default=[], metavar="NAMES", help="leave these cameras out")
-    parser.add_argument("--exclude_own_camera", action="store_true",
-                        help="leave out the camera of the query, which its name tells if it is like Market-1501's")
+    parser.add_argument("--query_camera", metavar="NAME",
+                        help="the camera of the query (default: what its name tells, if it is like Market-1501's)")
+    parser.add_argument("--exclude_own_camera", action="store_true", help="leave out the camera of the query")
     parser.add_argument("--picture", metavar="FILE", help="draw the query and what was found, such as found.png")
     parser.add_argument("--index", metavar="DIR", help="the gallery folder to keep the images in (default: one in RUN)")
     parser.add_argument("--keep_going", action="store_true", help="list bad images and leave them out")
@@ -182,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_status(lambda: search(
         options.workdir, options.gallery, options.query, top_k=options.top_k, cameras=options.camera,
         excluded_cameras=options.exclude_camera, exclude_own_camera=options.exclude_own_camera,
-        picture=options.picture, index=options.index, keep_going=options.keep_going))
+        query_camera=options.query_camera, picture=options.picture, index=options.index,
+        keep_going=options.keep_going))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_filters(run, crops, tmp_path):
     assert "no images to search of these cameras" in error
     unnamed = shutil.copy(query, tmp_path / "somebody.png")
     error = run(f"--gallery={tmp_path / 'i'}", f"--query={unnamed}", "--exclude_own_camera", status=2)
-    assert "somebody.png" in error and "--exclude_camera" in error
+    assert "somebody.png" in error and "--query_camera" in error
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
