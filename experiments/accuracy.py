@@ -16,7 +16,7 @@ from typing import Any
 from experiments.tables import published
 from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done, without_paths
 from experiments.tables.report import markdown_table
-from jlml_jax.checkpoints import with_defaults, write_atomically
+from jlml_jax.checkpoints import RESULTS, with_defaults, write_atomically
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.evaluate import (
     ACCURACIES,
@@ -28,7 +28,6 @@ from jlml_jax.evaluate import (
     norm_statistics_of,
     without_averaged,
 )
-from jlml_jax.train import RESULTS
 
 FOLDER = Path(__file__).parent / "results" / "accuracy"
 PAGE = FOLDER.with_suffix(".md")
@@ -132,7 +131,7 @@ def _paper(dataset: str) -> str:
 
 
 def _run(record: dict[str, Any]) -> list[str]:
-    provenance, rate = record["provenance"], record["images_per_second"]
+    provenance, rate = _of_training(record), record["images_per_second"]
     hardware = provenance.get("hardware", {})
     return [record["run"], record["dataset"], record["init_from"] or "random weights",
             f"{record['steps']} x {record['batch_size']}", "x".join(map(str, record["size"])), str(record["seed"]),
@@ -141,9 +140,15 @@ def _run(record: dict[str, Any]) -> list[str]:
             (provenance.get("commit") or "")[:7], record["state"]]
 
 
+def _of_training(record: dict[str, Any]) -> dict[str, Any]:
+    """Where the weights come from: where the results do, if it is not said that another command has trained."""
+    provenance = record["provenance"]
+    return provenance.get("training", [provenance])[-1]
+
+
 def _recipe(record: dict[str, Any]) -> str:
     recipe = ", ".join(f"{name} {value}" for name, value in record["recipe"].items()) or "as published"
-    command = record["provenance"].get("command")
+    command = _of_training(record).get("command")
     return f"**{record['run']}**: {recipe}" + (f"\n\n```\n{command}\n```" if command else "")
 
 

@@ -36,6 +36,9 @@ from jlml_jax.errors import UserError, storage_errors_told
 FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_every", "keep_checkpoints",
                "compilation_cache", "profile", "train.steps_per_dispatch")
 
+RESULTS = "results.json"
+TRAINING = "training.json"  # provenance of each start that trained, if it is another's than the one's before it
+
 _VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on another; NFS remembers what was not there
 
 _LABEL_MAP, _CONFIG, _LOCK, _CHECKPOINTS, _DIGESTS = (

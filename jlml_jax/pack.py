@@ -1,4 +1,4 @@
-"""Packs a finished run into one file, to hand it on: half the weights' bytes, nothing of its images or its training."""
+"""Packs a finished run into one file, to hand it on: half the weights' bytes, nothing of its images."""
 
 import argparse
 import dataclasses
@@ -13,21 +13,21 @@ import jax
 import numpy as np
 
 from jlml_jax import calibration, camera_statistics, parallel
-from jlml_jax.checkpoints import flatten, load_run, write_atomically
+from jlml_jax.checkpoints import RESULTS, TRAINING, flatten, load_run, write_atomically
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
 
 FORMAT = 1
 # Members of the archive; weights are arrays of NumPy's format, by their dotted paths.
-ABOUT, CONFIG, LABEL_MAP, RESULTS, WEIGHTS = "about.json", "config.json", "label_map.json", "results.json", "weights/"
+ABOUT, CONFIG, LABEL_MAP, WEIGHTS = "about.json", "config.json", "label_map.json", "weights/"
 TOLERANCE = 1e-2  # of the features, relative to their norm
 _CROPS = 5
 
-_EXAMPLE = """The file is a zip archive of the config, the label map, the results, the thresholds if calibrate has
-measured them for these very weights, the statistics by camera if adapt has made any, and the weights, matrices and
-kernels in float16: by how much that moves the features of drawn people is told. python -m jlml_jax.unpack makes a run's
-folder of it.
+_EXAMPLE = """The file is a zip archive of the config, the label map, the results, the commands that trained it, the
+thresholds if calibrate has measured them for these very weights, the statistics by camera if adapt has made any, and
+the weights, matrices and kernels in float16: by how much that moves the features of drawn people is told. python -m
+jlml_jax.unpack makes a run's folder of it.
 
 example:
   python -m jlml_jax.pack --workdir=runs/market1501 --output=market1501.zip
@@ -66,8 +66,9 @@ def pack(workdir: str | Path, output: str | Path) -> None:
         archive.writestr(ABOUT, json.dumps({"format": FORMAT, "step": run.step}))
         archive.writestr(CONFIG, config.to_json(indent=1))
         archive.writestr(LABEL_MAP, json.dumps(run.label_map))
-        if (run.workdir / RESULTS).exists():
-            archive.write(run.workdir / RESULTS, RESULTS)
+        for name in (RESULTS, TRAINING):
+            if (run.workdir / name).exists():
+                archive.write(run.workdir / name, name)
         if calibrated:
             archive.write(run.workdir / calibration.FILE, calibration.FILE)
         if run.cameras:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from jlml_jax import calibration, datasets, evaluate, metrics, norm_statistics, parallel, pictures, protocols
-from jlml_jax.checkpoints import SavedRun, load_run, write_atomically
+from jlml_jax.checkpoints import RESULTS, SavedRun, load_run, write_atomically
 from jlml_jax.datasets.base import DISTRACTOR, Split
 from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError, exit_status
@@ -114,11 +114,11 @@ def _shows_real_people(dataset: str) -> bool:
 
 def _read_results(workdir: Path) -> dict[str, Any] | None:
     """results.json; in a trial's folder, with the means over all trials that lie beside it. None before evaluation."""
-    path = workdir / "results.json"
+    path = workdir / RESULTS
     if not path.exists():
         return None
     results = _parse(path, lambda: json.loads(path.read_text()))
-    together = workdir.absolute().parent / "results.json"
+    together = workdir.absolute().parent / RESULTS
     if workdir.absolute().name.startswith("trial-") and together.exists():
         means = _parse(together, lambda: json.loads(together.read_text())["rows"])
         results["rows"] = results["rows"] + [row for row in means if row.get("trained_trial", row["trial"]) == "mean"]
@@ -414,6 +414,9 @@ def _provenance(run: SavedRun, trial: Trial, results: dict[str, Any] | None) -> 
         if (split := getattr(trial, part)) is not None:
             lines.append((part, f"{len(split):,} images, SHA-256 {split.fingerprint()}"))
     lines.append(("checkpoint", f"step {run.step:,} of {run.config.train.steps:,}"))
+    for start in source.pop("training", []):  # where other commands have trained than the one that evaluated
+        commit = start["commit"] or "unknown"
+        lines.append((f"trained from step {start['first_step']:,}", f"{start['command']} (commit {commit})"))
     for name in ("command", "commit"):
         if name in source:
             lines.append((name, str(source.pop(name) or "unknown: not run from a git checkout")))

@@ -36,6 +36,8 @@ from jlml_jax import (
     sampling,
 )
 from jlml_jax.checkpoints import (
+    RESULTS,
+    TRAINING,
     Checkpoints,
     SavedRun,
     await_claimed,
@@ -62,7 +64,6 @@ from jlml_jax.stopping import StopRequest
 from jlml_jax.train_step import Batch, TrainState, compute_dtype, init_state, make_train_step, steps_per_dispatch
 
 MODES = ("train_and_evaluate", "train", "evaluate")
-RESULTS = "results.json"
 PAPER_DATASETS = ("cuhk03", "grid", "market1501", "viper")
 
 # Dispatches given to the device before the oldest one's metrics are fetched: it never waits for the host.
@@ -303,6 +304,7 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
         return state
     if first_step:
         print(f"resuming after step {first_step}", flush=True)
+    parallel.together(lambda: _add_start(run, first_step) if jax.process_index() == 0 else None)
     from_device_data = config.data.loader == "device"
     at_once = steps_per_dispatch(config, first_step)
     step = run.make_step(run.compiled_with(), run.model, run.optimizer, run.mesh, from_device_data, at_once)
@@ -352,6 +354,27 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
             trace.stop()
             log.close()
     return state
+
+
+def _add_start(run: _Run, first_step: int) -> None:
+    starts = _starts(run.workdir) if first_step else []
+    if not starts or not _is_of(run, starts[-1]):
+        starts.append(run.source | {"first_step": first_step})
+        write_atomically(run.workdir / TRAINING, json.dumps(starts, indent=1))
+
+
+def _is_of(run: _Run, start: dict[str, Any]) -> bool:
+    """Whether what trained from there is the same command, code and machine as the one at work now."""
+    return all(start.get(name) == value for name, value in run.source.items())
+
+
+def _starts(workdir: Path) -> list[dict[str, Any]]:
+    """What `_add_start` has written."""
+    path = workdir / TRAINING
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and who trained this run is not known") from error
 
 
 def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
@@ -436,6 +459,9 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
     source = run.source | {
         "seed": config.seed, "steps": int(state.step), "train_fingerprint": run.label_map["fingerprint"],
         "wall_time_seconds": round(time.perf_counter() - started, 1)}
+    starts = _starts(run.workdir)
+    if not all(_is_of(run, start) for start in starts):
+        source["training"] = starts
     _write_results(run.workdir, rows, source)
     return rows
 

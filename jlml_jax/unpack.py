@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from jlml_jax import calibration, camera_statistics
-from jlml_jax.checkpoints import SavedRun, read_description
+from jlml_jax.checkpoints import RESULTS, TRAINING, SavedRun, read_description
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.new_run import new_folder, write_checkpoint
-from jlml_jax.pack import ABOUT, CONFIG, FORMAT, LABEL_MAP, RESULTS, WEIGHTS
+from jlml_jax.pack import ABOUT, CONFIG, FORMAT, LABEL_MAP, WEIGHTS
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "market1501.zip"
 
@@ -55,7 +55,8 @@ def _extract(file: Path, folder: Path) -> tuple[int, dict[str, Any]]:
                 raise UserError(f"{file} is of format {about['format']}, known is {FORMAT}; use a version of jlml_jax "
                                 "no older than the one that packed it")
             names = archive.namelist()
-            for name in (CONFIG, LABEL_MAP, *{RESULTS, calibration.FILE, camera_statistics.FILE}.intersection(names)):
+            others = {RESULTS, TRAINING, calibration.FILE, camera_statistics.FILE}
+            for name in (CONFIG, LABEL_MAP, *others.intersection(names)):
                 (folder / name).write_bytes(archive.read(name))
             for name in names:
                 if name.startswith(WEIGHTS):

@@ -59,6 +59,20 @@ def test_a_run_becomes_a_record_without_this_machines_paths_and_a_line_beside_th
     assert "| 3 |" in page and "0123456" in page
 
 
+def test_a_run_evaluated_by_another_command_shows_the_one_that_trained(tmp_path, kept):
+    folder = _run(tmp_path / "secret" / "modern", [_row()])
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    trained = {"command": f"python -m jlml_jax.main --workdir={folder} --config.seed=7", "commit": "fedcba987654",
+               "hardware": {"devices": 8, "device_kind": "gpu", "cpus": 64}}
+    results["provenance"]["training"] = [trained]
+    path.write_text(json.dumps(results))
+    assert accuracy.main([str(folder)]) == 0
+    page = (kept / "accuracy.md").read_text()
+    assert "python -m jlml_jax.main --config.seed=7" in page and "fedcba9" in page and "8 gpu, 64 core(s)" in page
+    assert "0123456" not in page and "secret" not in (kept / "accuracy" / "modern.json").read_text()
+
+
 def test_a_run_that_did_not_end_is_on_the_page_without_figures(tmp_path, kept):
     assert accuracy.main([str(_run(tmp_path / "broken", steps=100))]) == 0
     page = (kept / "accuracy.md").read_text()

@@ -109,7 +109,7 @@ def test_thresholds_go_along_where_they_are_of_these_weights(tiny_run, unpacked,
         assert ("calibration.json is left out" in capsys.readouterr().out) is not kept
         unpack.unpack(tmp_path / f"{folder.name} again", tmp_path / "file.zip")
         files = {path.name for path in (tmp_path / f"{folder.name} again").iterdir()}
-        assert files == {"checkpoints", "config.json", "label_map.json", "results.json"} | (
+        assert files == {"checkpoints", "config.json", "label_map.json", "results.json", "training.json"} | (
             {"calibration.json"} if kept else set())
 
 

@@ -2,8 +2,9 @@
 
 import csv
 import dataclasses
+import functools
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 
 from experiments.tables.plan import BENCHMARKS, Run, read_metrics
 from experiments.tables.report import Figure, Report
-from jlml_jax import evaluate, parallel, protocols
-from jlml_jax.checkpoints import load_run
+from jlml_jax import evaluate, norm_statistics, parallel, protocols
+from jlml_jax.checkpoints import RESULTS, load_run
+from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError
 from jlml_jax.evaluate import REPORTED_RANKS
 from jlml_jax.models import build_model, init_variables
-from jlml_jax.train import RESULTS
 
 NEAR_ZERO = 1e-3  # a weight below this in absolute value counts as near zero
 _STYLES = {"global": "-", "local": "--", "joint": ":"}
@@ -216,9 +217,16 @@ def _scales(run: Run) -> dict[str, float]:
     trained = load_run(next(folder for folder in run.trials() if (folder / RESULTS).exists()))
     config, mesh = trained.config, parallel.make_mesh()
     trial = protocols.load(config.data.name, config.data).trial(int(config.data.trials))
-    forward = evaluate.make_forward(build_model(config, len(trial.identities())), config, mesh)
-    features = evaluate.extract_features(forward, parallel.replicate(trained.variables, mesh), trial.query, config.data,
-                                         config.evaluate.batch_size, mesh)
-    spread = {branch: float(values.var(axis=0).sum()) for branch, values in features.items()}
-    lengths = {f"{branch}_norm": float(np.linalg.norm(values, axis=1).mean()) for branch, values in features.items()}
+    model = build_model(config, len(trial.identities()))
+    forward = evaluate.make_forward(model, config, mesh)
+
+    def extract(variables: Any) -> Callable[[Split], evaluate.Features]:
+        return functools.partial(evaluate.extract_features, forward, variables, data=config.data,
+                                 batch_size=config.evaluate.batch_size, mesh=mesh)
+
+    features = norm_statistics.features_of(
+        trial, extract, parallel.replicate(trained.variables, mesh),
+        lambda: norm_statistics.make_statistics(model, config, mesh), config, mesh)(trial.query)
+    spread = {branch: float(values[:].var(axis=0).sum()) for branch, values in features.items()}
+    lengths = {f"{branch}_norm": float(np.linalg.norm(values[:], axis=1).mean()) for branch, values in features.items()}
     return lengths | {"local_share": 100 * spread["local"] / sum(spread.values())}

@@ -14,11 +14,10 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 
 from jlml_jax import datasets
-from jlml_jax.checkpoints import FREE_FIELDS, with_defaults
+from jlml_jax.checkpoints import FREE_FIELDS, RESULTS, with_defaults
 from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError
 from jlml_jax.evaluate import NORMALIZE
-from jlml_jax.train import RESULTS
 
 _STRIPS, _PENALTIES = (1, 2, 4, 8), (5e-6, 5e-5, 5e-4, 5e-3)
 _SIZES = ((64, 32), (96, 48), (128, 64), (160, 64), (256, 128), (224, 224))
@@ -230,6 +229,8 @@ def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
     words = [re.sub(r"^(--config\.init_from=).*/", r"\1runs/", word) for word in shlex.split(provenance["command"])
              if not re.match(r"--(workdir|config\.data\.data_dir|config\.compilation_cache)=", word)]
     found = provenance | {"command": shlex.join(words)}
+    if starts := provenance.get("training"):
+        found["training"] = list(map(without_paths, starts))
     if config := provenance.get("config"):
         start = re.sub(r"^.*/", "runs/", config["init_from"])
         found["config"] = config | {"data": config["data"] | {"data_dir": ""}, "init_from": start,
