@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,19 @@ def test_scales_of_the_branches(trained, market1501_dir):
     assert float(scales["local_share"]) == pytest.approx(100 * squares["local"] / sum(squares.values()), rel=1e-3)
     for branch, values in features.items():
         assert float(scales[f"{branch}_norm"]) == pytest.approx(np.linalg.norm(values, axis=1).mean(), rel=1e-3)
+
+
+def test_scales_are_by_the_statistics_that_the_run_is_tested_by(trained, tmp_path):
+    folder = shutil.copytree(trained / DATASET / "jlml" / "seed-0", tmp_path / "run")
+    scales = {}
+    for source in ("run", "data"):
+        config = json.loads((folder / "config.json").read_text())
+        config["evaluate"]["norm_statistics"] = source
+        (folder / "config.json").write_text(json.dumps(config))
+        scales[source] = figures._scales(types.SimpleNamespace(trials=lambda: [folder]))
+    kept, = (one for one in csv.DictReader((trained / DATASET / "table_12_scales.csv").open()) if one["row"] == "jlml")
+    assert scales["run"]["global_norm"] == pytest.approx(float(kept["global_norm"]), rel=1e-5)
+    assert scales["data"]["global_norm"] != pytest.approx(scales["run"]["global_norm"], rel=1e-2)
 
 
 def test_groups_of_the_feature_layers():
