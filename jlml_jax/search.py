@@ -127,16 +127,16 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
         query_image, pixels = load_query(query, extractor.height, extractor.width)
         if query_camera is not None:
             query_image = dataclasses.replace(query_image, camera=query_camera)
-        if exclude_own_camera:
-            if not query_image.camera:
-                raise UserError(f"{query}: the name does not tell its camera, as Market-1501's do; give "
-                                "--query_camera=CAMERA")
-            excluded_cameras = [*excluded_cameras, query_image.camera]
+        if exclude_own_camera and not query_image.camera:
+            raise UserError(f"{query}: the name does not tell its camera, as Market-1501's do; give "
+                            "--query_camera=CAMERA")
         tell_unknown_cameras([query_image.camera], extractor)
         query_feature, = extractor(pixels[None], [query_image.camera])
     opened, rows = _open(gallery, index, workdir, extractor, keep_going)
     if query is None:
         return
+    if exclude_own_camera and query_image.camera in opened.cameras:
+        excluded_cameras = [*excluded_cameras, query_image.camera]
     eligible = _eligible(opened, rows, cameras, excluded_cameras)
     found, distances = NearestNeighbours(opened.features).search(query_feature, top_k, eligible)
     if not len(found):

@@ -61,8 +61,8 @@ def test_a_folder_is_searched_and_only_what_is_new_is_embedded(run, crops, tmp_p
 
     embedded = []
     original = type(extractor).__call__
-    monkeypatch.setattr(type(extractor), "__call__", lambda self, images: embedded.append(len(images))
-                        or original(self, images))
+    monkeypatch.setattr(type(extractor), "__call__", lambda self, images, cameras: embedded.append(len(images))
+                        or original(self, images, cameras))
     write_crops(crops, [12, 13])
     (crops / names([0])[0]).rename(crops / "0099_c1s1_000099_00.png")  # another name, and identity, for the same image
     (crops / names([1])[0]).unlink()
@@ -90,6 +90,8 @@ def test_filters(run, crops, tmp_path):
         ("--exclude_camera=1",): [i for i in range(12) if i % 3 != 0],
         ("--exclude_own_camera",): [i for i in range(12) if i % 3 != 1],
         ("--camera=1,2", "--exclude_own_camera"): range(0, 12, 3),
+        ("--query_camera=1", "--exclude_own_camera"): [i for i in range(12) if i % 3 != 0],
+        ("--query_camera=9", "--exclude_own_camera"): range(12),  # a camera that the gallery has nothing of
     }.items():
         lines = run(f"--gallery={crops}", f"--query={query}", f"--index={tmp_path / 'i'}", "--top_k=20", *arguments)
         assert sorted(found(lines)[0]) == names(expected)
