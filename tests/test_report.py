@@ -70,7 +70,9 @@ def shop(tiny_run, tiny_extractor, shop_dir, tmp_path_factory):
             score_row(trial="mean", trials=[0, 1], rank1=0.375) | {f"{score}_std": 0.0217 for score in evaluate.SCORES}]
     (workdir / "results.json").write_text(json.dumps(
         {"rows": rows, "provenance": {"commit": "c0ffee", "command": "python -m jlml_jax.main", "steps": 12,
-                                      "versions": {"jax": "9.9"}, "uncommitted_changes": True}}))
+                                      "versions": {"jax": "9.9"}, "uncommitted_changes": True,
+                                      "training": [{"command": "python -m jlml_jax.main --config.seed=3",
+                                                    "commit": "decaf", "first_step": 1000}]}}))
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 16, "lo')  # cut short by a kill
     (workdir / "calibration.json").write_text(json.dumps({
@@ -162,6 +164,7 @@ def test_results_are_those_of_the_file_in_per_cent(page):
     assert "mean of 2 trials" in cells and cells.count("± 2.2") == 7
     assert any("half of it <b>" in cell for cell in cells)
     assert "c0ffee, with uncommitted changes" in cells and "jax 9.9" in cells
+    assert cells[cells.index("trained from step 1,000") + 1] == "python -m jlml_jax.main --config.seed=3 (commit decaf)"
 
 
 def test_figures_are_of_the_features(page, shop):
