@@ -265,14 +265,17 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
              for group, queries in groups.items()
              for q, distances in zip(queries, l2_distances(query[feature][queries], gallery[feature]), strict=True)]
     units = _add_pictures(run, trial, model, lists)
-    histogram, thresholds = _histogram(trial, query[feature], gallery[feature], verdicts.thresholds if verdicts else ())
+    # Thresholds are of the extractor's features, which by other statistics are not these.
+    comparable = config.evaluate.norm_statistics == "run" and not run.cameras
+    histogram, thresholds = _histogram(trial, query[feature], gallery[feature],
+                                       verdicts.thresholds if verdicts and comparable else ())
     ranks = np.arange(1, config.evaluate.max_rank + 1)
     return {
         "feature": feature, "scores": scores[feature], "differs": _difference(run, trial, results, feature, scores),
         "cmc": _figure(
             [Curve(name, ranks, 100 * score.cmc, _COLORS.get(name, _OTHER)) for name, score in scores.items()],
             title="CMC curve", x_label="rank", y_label="queries matched by it (per cent)"),
-        "histogram": histogram, "thresholds": thresholds,
+        "histogram": histogram, "thresholds": thresholds, "other_thresholds": verdicts and not comparable,
         "lists": lists, "counts": {group: len(queries) for group, queries in groups.items()},
         "identities": _options(lists, "identity"), "cameras": _options(lists, "camera"),
         "figures": [item for group in groups for item in [one for one in lists if one["group"] == group][:FIGURES]],

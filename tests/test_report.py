@@ -241,6 +241,11 @@ def test_thresholds_are_marked_and_stale_ones_refused(shop, page, tmp_path, caps
             f"{100 * np.mean(same_pairs < threshold):.1f}", f"{100 * np.mean(distances[~same] < threshold):.3f}"]
     assert len(page.all("path", **{"class": "mark"})) == 2
     shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    config["evaluate"]["norm_statistics"] = "data"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    written = report.write_report(tmp_path / "run", queries=5).read_text()
+    assert "thresholds are of features by other statistics" in written and "0.7500" not in written
     content = json.loads((workdir / "calibration.json").read_text()) | {"fingerprint": "0" * 16}
     (tmp_path / "run" / "calibration.json").write_text(json.dumps(content))
     assert "run python -m jlml_jax.calibrate" in refusal(capsys, f"--workdir={tmp_path / 'run'}")
