@@ -132,8 +132,12 @@ def check_fingerprint(what: str, fingerprint: str, extractor: Extractor) -> None
 
 def tell_unknown_cameras(cameras: Iterable[str], extractor: Extractor) -> None:
     """Says on stderr of which images, by the camera of each, a run with statistics by camera has none."""
-    unknown = collections.Counter(camera for camera in cameras if camera not in extractor.cameras)
-    if extractor.cameras and unknown:
+    if not extractor.cameras:
+        return
+    unknown = collections.Counter(cameras)
+    for camera in extractor.cameras:
+        del unknown[camera]
+    if unknown:
         print(f"{unknown.total():,} images go by the statistics of all cameras together, as the run has none of "
               + first_few([f"camera {printable(camera)}" if camera else "an unknown camera" for camera in unknown]),
               file=sys.stderr)

@@ -92,16 +92,16 @@ def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, 
     return opened, rows
 
 
-def _eligible(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, only: Sequence[str], excluded: Sequence[str]
-              ) -> np.ndarray | None:
-    """Which rows may be found, bool [N]; None: all."""
-    if rows is None and not only and not excluded:
+def _eligible(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, only: Sequence[str], excluded: Sequence[str],
+              own: str) -> np.ndarray | None:
+    """Which rows may be found, bool [N]; None: all. `own`: the query's camera, left out if it is there."""
+    if rows is None and not only and not excluded and not own:
         return None
     eligible = np.ones(len(gallery), bool)
     if rows is not None:
         eligible[:] = False
         eligible[rows] = True
-    if only or excluded:
+    if only or excluded or own:
         cameras = gallery.cameras
         known = np.unique(cameras).tolist()
         unknown = sorted({*only, *excluded} - set(known))
@@ -110,7 +110,7 @@ def _eligible(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, only: Se
                             + (first_few([printable(camera) for camera in known if camera]) or "not known"))
         if only:
             eligible &= np.isin(cameras, only)
-        eligible &= ~np.isin(cameras, excluded)
+        eligible &= ~np.isin(cameras, [*excluded, own] if own else excluded)
     return eligible
 
 
@@ -135,9 +135,8 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
     opened, rows = _open(gallery, index, workdir, extractor, keep_going)
     if query is None:
         return
-    if exclude_own_camera and query_image.camera in opened.cameras:
-        excluded_cameras = [*excluded_cameras, query_image.camera]
-    eligible = _eligible(opened, rows, cameras, excluded_cameras)
+    own = query_image.camera if exclude_own_camera else ""
+    eligible = _eligible(opened, rows, cameras, excluded_cameras, own)
     found, distances = NearestNeighbours(opened.features).search(query_feature, top_k, eligible)
     if not len(found):
         raise UserError(f"{gallery} has no images to search" + (" of these cameras" if eligible is not None else ""))
