@@ -7,6 +7,7 @@ from all that lie there. Without RUN the page alone is written again.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -77,12 +78,18 @@ def make_record(folder: Path) -> dict[str, Any]:
 
 
 def _training_seconds(parts: Sequence[Path], batch_size: int) -> float:
-    """Of all steps, by the rates they were logged with, whatever number of starts they took."""
+    """Of all steps, by the rates they were logged with, whatever number of starts they took.
+
+    A step that was logged alone after a start has no rate, as its time is the compiler's: it takes that of others.
+    """
     seconds = 0.0
     for part in parts:
+        lines = read_metrics(part)
+        rates = [line["images_per_second"] for line in lines if line["images_per_second"]]
         done = 0
-        for line in read_metrics(part):
-            seconds += (line["step"] - done) * batch_size / line["images_per_second"]
+        for line in lines:
+            rate = line["images_per_second"] or statistics.median(rates or [math.inf])
+            seconds += (line["step"] - done) * batch_size / rate
             done = line["step"]
     return seconds
 
@@ -131,7 +138,7 @@ def _paper(dataset: str) -> str:
 
 
 def _run(record: dict[str, Any]) -> list[str]:
-    provenance, rate = _of_training(record), record["images_per_second"]
+    provenance, rate = _training(record)[-1], record["images_per_second"]
     hardware = provenance.get("hardware", {})
     return [record["run"], record["dataset"], record["init_from"] or "random weights",
             f"{record['steps']} x {record['batch_size']}", "x".join(map(str, record["size"])), str(record["seed"]),
@@ -140,16 +147,16 @@ def _run(record: dict[str, Any]) -> list[str]:
             (provenance.get("commit") or "")[:7], record["state"]]
 
 
-def _of_training(record: dict[str, Any]) -> dict[str, Any]:
-    """Where the weights come from: where the results do, if it is not said that another command has trained."""
+def _training(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where the weights come from: where the results do, if it is not said that other commands have trained."""
     provenance = record["provenance"]
-    return provenance.get("training", [provenance])[-1]
+    return provenance.get("training", [provenance])
 
 
 def _recipe(record: dict[str, Any]) -> str:
     recipe = ", ".join(f"{name} {value}" for name, value in record["recipe"].items()) or "as published"
-    command = _of_training(record).get("command")
-    return f"**{record['run']}**: {recipe}" + (f"\n\n```\n{command}\n```" if command else "")
+    commands = dict.fromkeys(start["command"] for start in _training(record) if "command" in start)
+    return f"**{record['run']}**: {recipe}" + ("\n\n```\n{}\n```".format("\n".join(commands)) if commands else "")
 
 
 def _command(argv: Sequence[str]) -> None:

@@ -132,3 +132,28 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, kept, capsys):
     error = capsys.readouterr().err
     assert str(tmp_path) in error and error.count("\n") == 1
     assert not (kept / "accuracy.md").exists()
+
+
+def test_steps_without_a_rate_take_that_of_others_and_a_line_cut_short_is_left_out(tmp_path, kept):
+    folder = _run(tmp_path / "cut", [_row()])
+    lines = [{"step": 50, "images_per_second": 32.0}, {"step": 51, "images_per_second": 0.0},
+             {"step": 150, "images_per_second": 32.0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + text[:20])
+    assert accuracy.main([str(folder)]) == 0
+    assert json.loads((kept / "accuracy" / "cut.json").read_text())["training_seconds"] == 150
+    (folder / "metrics.jsonl").write_text(json.dumps(lines[1]) + "\n")
+    assert accuracy.main([str(folder)]) == 0
+
+
+def test_all_commands_that_trained_are_shown(tmp_path, kept):
+    folder = _run(tmp_path / "trials", [_row()])
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    results["provenance"]["training"] = [
+        {"command": f"python -m jlml_jax.main --config.data.trials={trials}", "commit": "fedcba987654",
+         "hardware": {"devices": 1, "device_kind": "cpu", "cpus": 2}} for trials in ("0-4", "5-9")]
+    path.write_text(json.dumps(results))
+    assert accuracy.main([str(folder)]) == 0
+    page = (kept / "accuracy.md").read_text()
+    assert "main --config.data.trials=0-4\npython -m jlml_jax.main --config.data.trials=5-9\n```" in page

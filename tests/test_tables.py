@@ -485,6 +485,31 @@ def test_a_run_evaluated_otherwise_is_evaluated_again(tmp_path):
     assert "made by another config: evaluate.flip_average" in one.missing()
 
 
+def test_a_row_that_is_evaluated_alone_starts_where_the_trained_one_did():
+    config = modern.get_config()
+    config.init_from = "runs/{row}"
+    runs = plan.plan_runs(plan.TABLES["normalize"], config, Path("tables"), [0])
+    assert {one.config.init_from for one in runs} == {"runs/jlml"}
+    runs = plan.plan_runs(plan.TABLES["11"], config, Path("tables"), [0])
+    assert {one.config.init_from for one in runs} == {"runs/jlml", "runs/separate_stems"}
+
+
+def test_extra_distractors_are_not_set_beside_the_papers_test(tmp_path):
+    config = market1501.get_config()
+    config.evaluate.extra_gallery = "folder/distractors"
+    report = report_of(tmp_path, "6", config, [0], [{0: 0.5}])
+    one, = report.rows["jlml"].runs
+    assert report.tested_on == "market1501, folder/distractors as extra distractors" and not report.comparable
+    path = one.folder / "results.json"
+    results = json.loads(path.read_text())
+    results["rows"] = [row | {"protocol": f"{protocol}, 5 extra distractors", "rank1": rank1}
+                       for row in results["rows"] for protocol, rank1 in (("single-query", 0.5), ("multi-query", 0.9))]
+    path.write_text(json.dumps(results))
+    assert report.figure("JLML", "rank1", False).mean == 50 and report.figure("JLML", "rank1", True).mean == 90
+    one.config.evaluate.extra_gallery = ""
+    assert "made by another config: evaluate.extra_gallery" in one.missing()
+
+
 def test_people_held_out_are_not_set_beside_the_papers_test(tmp_path):
     config = market1501.get_config()
     config.data.held_out_identities = 500

@@ -238,13 +238,15 @@ def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-_SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.norm_statistics", "evaluate.flip_average", "evaluate.multi_query")
+_SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.norm_statistics", "evaluate.flip_average", "evaluate.multi_query",
+                    "evaluate.extra_gallery")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, which its results do without."""
+    """The lines of a run's metrics.jsonl, which its results do without; the last is left out if a kill cut it short."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def steps_done(folder: Path) -> int:
@@ -266,8 +268,8 @@ def plan_runs(table: Table, config: ml_collections.ConfigDict, workdir: Path, se
             of_run = config.copy_and_resolve_references()
             of_run.update_from_flattened_dict(ROWS[row])
             of_run.name, of_run.seed = name, seed
-            of_run.init_from = of_run.init_from.replace("{row}", name)
-            folders = {row: workdir / row / f"seed-{seed}" for row in (name, "jlml")}
             evaluated_only = changed and all(field.startswith("evaluate.") for field in changed)
+            of_run.init_from = of_run.init_from.replace("{row}", "jlml" if evaluated_only else name)
+            folders = {row: workdir / row / f"seed-{seed}" for row in (name, "jlml")}
             runs.append(Run(row, seed, folders[name], of_run, folders["jlml"] if evaluated_only else None))
     return sorted(runs, key=lambda run: run.trained_in is not None)

@@ -47,7 +47,7 @@ def samples(outcome: Outcome, feature: str, multi_query: bool) -> dict[int, dict
     by_seed = {}
     for run in outcome.runs:
         by_trial = {row["trial"]: {score: row[score] for score in SCORES} for row in run.results()
-                    if row["feature"] == feature and (row["protocol"] == MULTI_QUERY) == multi_query}
+                    if row["feature"] == feature and row["protocol"].startswith(MULTI_QUERY) == multi_query}
         if len(outcome.runs) == 1:
             return by_trial
         if by_trial:
@@ -84,8 +84,10 @@ class Report:
         of_dataset = [k for k, column in enumerate(self.published.columns) if column.dataset == dataset]
         held_out = {run.config.data.held_out_identities for outcome in rows.values() for run in outcome.runs} - {0}
         self.tested_on = dataset + "".join(f", {number} training identities held out" for number in held_out)
+        distractors = {run.config.evaluate.extra_gallery for outcome in rows.values() for run in outcome.runs} - {""}
+        self.tested_on += "".join(f", {name} as extra distractors" for name in distractors)
         # The paper's figures are of this data set's test: a difference means something.
-        self.comparable = bool(of_dataset) and not held_out
+        self.comparable = bool(of_dataset) and not held_out and not distractors
         self.columns = of_dataset if self.comparable else [k for k, column in enumerate(self.published.columns)
                                       if column.protocol != MULTI_QUERY]
 
