@@ -1,13 +1,16 @@
 """What each number of a config may be: told before anything is written, and not by what goes wrong later."""
 
 import json
+from typing import Any
 
 import ml_collections
 
+from configs import default
 from jlml_jax.checkpoints import flatten
 from jlml_jax.errors import UserError
 
-# Intervals: [ and ] include the end, ( and ) do not. Of a field that has several numbers, each lies in it.
+# Intervals: [ and ] include the end, ( and ) do not. Of a field that has several numbers, each lies in it. Steps are
+# counted in int32.
 RANGES = {
     "seed": "[0, 4294967295]",
     "data.cuhk03_train_identities": "[1, inf)",
@@ -36,20 +39,20 @@ RANGES = {
     "loss.triplet_weight": "[0, inf)",
     "loss.triplet_margin": "[0, inf)",
     "optim.learning_rate": "[0, inf)",
-    "optim.decay_every": "[1, inf)",
+    "optim.decay_every": "[1, 2147483647]",
     "optim.decay_factor": "[0, inf)",
-    "optim.warmup_steps": "[0, inf)",
+    "optim.warmup_steps": "[0, 2147483647]",
     "optim.momentum": "[0, 1)",
     "optim.weight_decay": "[0, inf)",
-    "train.steps": "[0, inf)",
+    "train.steps": "[0, 2147483647]",
     "train.batch_size": "[1, inf)",
     "train.images_per_identity": "[0, inf)",
     "train.accumulation_steps": "[1, inf)",
     "train.steps_per_dispatch": "[0, inf)",
     "evaluate.batch_size": "[1, inf)",
     "evaluate.max_rank": "[1, inf)",
-    "log_every": "[1, inf)",
-    "checkpoint_every": "[1, inf)",
+    "log_every": "[1, 2147483647]",
+    "checkpoint_every": "[1, 2147483647]",
     "keep_checkpoints": "[1, inf)",
 }
 _COLORS = ("data.mean", "data.std")  # a number a channel
@@ -57,16 +60,20 @@ _COLORS = ("data.mean", "data.std")  # a number a channel
 
 def check_ranges(config: ml_collections.ConfigDict) -> None:
     """A UserError for the first number of `config` that is none or out of its range."""
-    fields = flatten(json.loads(config.to_json()))
+    fields, defaults = (flatten(json.loads(one.to_json())) for one in (config, default.get_config()))
     for name, interval in RANGES.items():
-        values = fields[name] if isinstance(fields[name], list) else [fields[name]]
+        values, usual = (one[name] if isinstance(one[name], list) else [one[name]] for one in (fields, defaults))
         if name in _COLORS and len(values) != 3 or not values:
             raise UserError(f"{name}={fields[name]} must have {'3 numbers' if name in _COLORS else 'a number'}")
         if not all(_within(value, interval) for value in values):
             raise UserError(f"{name}={fields[name]} must be in {interval}")
+        if isinstance(usual[0], int) and not all(isinstance(value, int) for value in values):
+            raise UserError(f"{name}={fields[name]} must be {'whole numbers' if len(usual) > 1 else 'a whole number'}")
 
 
-def _within(value: float, interval: str) -> bool:
+def _within(value: Any, interval: str) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     least, most = (float(end) for end in interval[1:-1].split(","))
     # Written so that NaN is in none.
     return (value >= least if interval[0] == "[" else value > least) and (

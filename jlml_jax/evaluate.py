@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jlml_jax import augment, baselines, device_data, input_pipeline, metrics, parallel, sampling
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.base import DISTRACTOR, Split
 from jlml_jax.distances import LazyRows, Products, numpy_products
 from jlml_jax.errors import UserError
 from jlml_jax.protocols import Trial
@@ -209,8 +209,10 @@ def evaluate_trials(trials: Iterable[Trial], extract: Callable[[Split], Features
             further = matching_features(extract(trial.multi_query), evaluate.normalize)
             pooled = {name: pool_queries(trial, query[name][:], further[name][:], evaluate.multi_query)
                       for name in query}
-            rows += _rank(trial, trial.protocol.replace("single-query", "multi-query"), pooled, gallery, evaluate,
-                          products)
+            of_several = _rank(trial, trial.protocol.replace("single-query", "multi-query"), pooled, gallery, evaluate,
+                               products)
+            rows += [row | ({} if evaluate.multi_query == "mean" else {"pooling": evaluate.multi_query})
+                     for row in of_several]
     return rows + (mean_rows(rows) if len(trials) > 1 else [])
 
 
@@ -228,6 +230,8 @@ def _rank(trial: Trial, protocol: str, query: Features, gallery: Features, evalu
                 reranked.distances, *labels_of(trial), max_rank=max_rank)).items()}
         if evaluate.norm_statistics != "run":
             row["norm_statistics"] = evaluate.norm_statistics
+        if evaluate.flip_average:
+            row["flip_average"] = True
         rows.append(row)
     return rows
 
@@ -301,7 +305,10 @@ def labels_of(trial: Trial) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 def make_row(trial: Trial, protocol: str, feature: str, normalize: str, scores: metrics.RankingMetrics
              ) -> dict[str, Any]:
     """One row of results.json."""
-    num_gallery = len(np.unique(trial.gallery.identities)) if trial.single_gallery_shot else len(trial.gallery)
+    num_gallery = len(trial.gallery)
+    if trial.single_gallery_shot:  # one of a person's; every distractor is somebody else
+        people = trial.gallery.identities[trial.gallery.identities > DISTRACTOR]
+        num_gallery = len(np.unique(people)) + int((trial.gallery.identities == DISTRACTOR).sum())
     return {
         "dataset": trial.dataset, "protocol": protocol, "trial": trial.number, "feature": feature,
         "normalize": normalize, **scores_of(scores), "num_queries": scores.num_valid_queries,
@@ -319,7 +326,8 @@ def _note(trial: Trial) -> dict[str, str]:
     return {"incomplete": trial.incomplete} if trial.incomplete else {}
 
 
-_NOT_AVERAGED = ("dataset", "protocol", "feature", "normalize", "norm_statistics", "incomplete", "trained_on")
+_NOT_AVERAGED = ("dataset", "protocol", "feature", "normalize", "norm_statistics", "flip_average", "pooling",
+                 "incomplete", "trained_on")
 
 
 def mean_rows(rows: Sequence[dict[str, Any]], over: str = "trial") -> list[dict[str, Any]]:
@@ -335,7 +343,9 @@ def mean_rows(rows: Sequence[dict[str, Any]], over: str = "trial") -> list[dict[
         if len(group) == 1:
             continue
         mean = group[0] | {over: "mean", f"{over}s": [row[over] for row in group]}
-        for score in [field for field in group[0] if field.removeprefix(RERANKED) in SCORES]:
+        common = set.intersection(*(set(row) for row in group))  # some may be re-ranked, and some not
+        mean = {field: value for field, value in mean.items() if field in common | {over, f"{over}s"}}
+        for score in [field for field in group[0] if field in common and field.removeprefix(RERANKED) in SCORES]:
             values = [row[score] for row in group]
             mean |= {score: float(np.mean(values)), f"{score}_std": float(np.std(values, ddof=1))}
         for count in ("num_queries", "num_gallery"):
@@ -374,6 +384,11 @@ def norm_statistics_of(row: dict[str, Any]) -> str:
     return f"BN by {of[row['norm_statistics']]}, without labels" if "norm_statistics" in row else ""
 
 
+def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The scores that any of the rows has: baselines are not re-ranked."""
+    return [column for column in TITLES if any(column in row for row in rows)]
+
+
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as tables in per cent, one for each data set and protocol: of the mean of its trials if there is one."""
     tables = {}
@@ -389,16 +404,17 @@ def _format_table(rows: Sequence[dict[str, Any]]) -> str:
         title += f", mean of {averaged} and standard deviation"
     elif first["trial"]:
         title += f", trial {first['trial']}"
-    columns = [column for column in TITLES if column in first]
+    columns = columns_of(rows)
     title += (f", {first['num_images']} images of {first['num_classes']} classes" if "top1" in first else
               f", {first['num_queries']:g} queries, {first['num_gallery']:g} gallery images") + "; per cent"
-    if statistics := norm_statistics_of(first):
+    if statistics := next(filter(None, map(norm_statistics_of, rows)), ""):
         title += f"\n{statistics}"
     if "incomplete" in first:
         title += f"\nan incomplete or degraded copy of the data: {first['incomplete']}"
 
     width = 14 if averaged else 10
     lines = [title, f"{'feature':<20}" + "".join(f"{TITLES[column]:>{width}}" for column in columns)]
-    lines += [f"{row['feature']:<20}" + "".join(f"{format_score(row, column):>{width}}" for column in columns)
-              for row in rows]
+    for row in rows:
+        cells = (format_score(row, column) if column in row else "" for column in columns)
+        lines.append((f"{row['feature']:<20}" + "".join(f"{cell:>{width}}" for cell in cells)).rstrip())
     return "\n".join(lines)

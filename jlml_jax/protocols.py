@@ -15,6 +15,7 @@ from jlml_jax.datasets.stored import join_images
 from jlml_jax.errors import UserError
 
 VIPER_TRIALS = 10
+_OTHER_CAMERA = -1  # of extra distractors: none of the tested data set's
 CUHK03_PROTOCOLS = ("single-shot", "767/700")
 CUHK03_TRAIN_IDENTITIES = (1_367, 1_260)  # Table 2; the text, which leaves out the last two camera pairs
 
@@ -60,7 +61,17 @@ class Trial:
 
     def people(self) -> dict[str, list[int]]:
         """The training identities by data set, in the order of the classes."""
-        identities = self.identities()
+        return self._by_dataset(self.identities())
+
+    def tested_people(self) -> dict[str, list[int]]:
+        """The identities that are searched for, by data set."""
+        return self._by_dataset(np.unique(self.query.identities))
+
+    def datasets(self) -> list[str]:
+        """Those that are trained on together, or the one."""
+        return list(self.offsets) or [self.dataset]
+
+    def _by_dataset(self, identities: np.ndarray) -> dict[str, list[int]]:
         bounds = [*(self.offsets or {self.dataset: 0}).items(), ("", np.iinfo(np.int64).max)]
         return {dataset: (identities[(identities > low) & (identities <= high)] - low).tolist()
                 for (dataset, low), (_, high) in zip(bounds, bounds[1:], strict=False)}
@@ -116,6 +127,8 @@ def _hold_out(trial: Trial, number: int) -> Trial:
     train = trial.train
     if train is None or trial.validation is not None:
         raise UserError(f"{trial.dataset} has no people to hold out; set data.held_out_identities=0")
+    if trial.offsets:  # each data set has its own cameras, also where they go by one number
+        train = dataclasses.replace(train, cameras=trial.cameras().argmax(axis=1))
     pairs = np.unique(np.stack([train.identities, train.cameras], 1), axis=0)
     people, cameras = np.unique(pairs[:, 0], return_counts=True)
     several = people[cameras > 1]
@@ -153,10 +166,12 @@ def add_distractors(trials: Sequence[Trial], name: str, data: ml_collections.Con
 
 def _with_distractors(trial: Trial, distractors: Sequence[Split]) -> Trial:
     name = distractors[0].dataset
-    if namespace(name) == namespace(trial.dataset):
+    if namespace(name) in map(namespace, trial.datasets()):
         raise UserError(f"evaluate.extra_gallery={name!r} has the very people that are searched for; give a data set "
                         "of others")
-    parts = [trial.gallery, *distractors]
+    # Theirs are other cameras than the tested ones, also where they go by one number.
+    parts = [trial.gallery, *(dataclasses.replace(part, cameras=np.full(len(part), _OTHER_CAMERA))
+                              for part in distractors)]
     gallery = Split(trial.dataset, join_images([part.images for part in parts]),
                     *(np.concatenate([getattr(part, field) for part in parts])
                       for field in ("identities", "cameras", "names")))
@@ -308,16 +323,24 @@ def refuse_trained_on(trial: Trial, trained: dict[str, Any] | None) -> None:
     """A UserError if a run with label map `trained`, or one that it started from, saw test identities of `trial`."""
     if trial.query is None:
         return
-    tested = set(trial.query.identities.tolist())
+    tested = trial.tested_people()
+    number = sum(map(len, tested.values()))
     while trained is not None:
-        seen = {identity for dataset, identities in trained["identities"].items()
-                if namespace(dataset) == namespace(trial.dataset) for identity in identities}
-        if both := sorted(tested & seen):
+        both = [(dataset, identity) for dataset, identities in tested.items()
+                for identity in sorted({*identities} & _people_of(trained, dataset))]
+        if both:
+            dataset, identity = both[0]
             raise UserError(
-                f"{len(both)} of the {len(tested)} test identities of {trial.dataset}, trial {trial.number} "
-                f"(such as {both[0]}), were trained on with {trained['dataset']}: the result would mean nothing; "
-                "evaluate on other people, or start from a run that has not seen these")
+                f"{len(both)} of the {number} test identities of {trial.dataset}, trial {trial.number} (such as "
+                f"{identity}{f' of {dataset}' if trial.offsets else ''}), were trained on with {trained['dataset']}: "
+                "the result would mean nothing; evaluate on other people, or start from a run that has not seen these")
         trained = trained["init_from"]
+
+
+def _people_of(label_map: dict[str, Any], dataset: str) -> set[int]:
+    """The people that a run was trained on who are of one crowd with those of `dataset`."""
+    return {identity for name, identities in label_map["identities"].items()
+            if namespace(name) == namespace(dataset) for identity in identities}
 
 
 def _incomplete(name: str, data: ml_collections.ConfigDict) -> str:
@@ -353,6 +376,8 @@ def _checked(trial: Trial) -> Trial:
             raise UserError(f"the {part} split of {trial.dataset} is empty; {advice}")
         if part != "gallery" and split.identities.min() <= DISTRACTOR:
             raise UserError(f"the {part} split of {trial.dataset} has junk or distractors in it; {advice}")
+    if "query" not in parts and "train" in parts:  # a gallery of distractors, or none: good for training alone
+        return dataclasses.replace(trial, gallery=None)
     if "query" in parts and "gallery" not in parts or "gallery" in parts and "query" not in parts:
         raise UserError(f"{trial.dataset} has {'no gallery' if 'query' in parts else 'a gallery but no queries'}; "
                         f"{advice}")

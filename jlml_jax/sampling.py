@@ -51,7 +51,8 @@ def steps_per_epoch(num_images: int, batch_size: int, groups: IdentityGroups | N
     """Whole batches in one pass; the few images left over in an epoch come elsewhere in the next one's order."""
     in_epoch = num_images if groups is None else groups.places.size
     if batch_size > in_epoch:
-        raise UserError(f"train.batch_size={batch_size} is larger than the training set of {num_images} images")
+        raise UserError(f"train.batch_size={batch_size} is larger than the training set of {num_images} images; give "
+                        f"--config.train.batch_size={in_epoch} or less")
     return in_epoch // batch_size
 
 

@@ -54,7 +54,7 @@ from jlml_jax.checkpoints import (
     write_atomically,
 )
 from jlml_jax.config_ranges import check_ranges
-from jlml_jax.datasets.base import Split, refuse_address
+from jlml_jax.datasets.base import Split, refuse_address, user_path
 from jlml_jax.errors import UserError, storage_errors_told
 from jlml_jax.kept_step import KeptStep
 from jlml_jax.logs import TrainingLog
@@ -146,7 +146,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         raise UserError(f"--mode={mode} is unknown; known are {', '.join(MODES)}")
     parallel.keep_programs(config.compilation_cache)
     refuse_address("--workdir", workdir)
-    workdir = Path(workdir)
+    workdir = user_path(workdir)
     mesh = parallel.make_mesh()
     code = {field: source[field] for field in ("commit", "source_sha256", "versions")}
     parallel.refuse_differing(flatten({"config": json.loads(config.to_json())} | code)
@@ -222,7 +222,8 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
     asked = config
     config = config.copy_and_resolve_references()
     config.data.loader = choose_loader(config, trial.train, mesh)
-    sampling.steps_per_epoch(len(trial.train), config.train.batch_size)  # refuses too large a batch
+    if mode != "evaluate" and config.train.steps:
+        sampling.steps_per_epoch(len(trial.train), config.train.batch_size)  # refuses too large a batch
     model = build_model(config, len(trial.identities()))
     initial = _load_initial(config.init_from, workdir, trial) if config.init_from and not begun else None
     if initial:
@@ -239,7 +240,7 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
 
 def _load_initial(init_from: str, workdir: Path, trial: Trial) -> SavedRun:
     """The run to start from: of one that holds several trials of the same data set, the trial of the same number."""
-    folder = Path(init_from)
+    folder = user_path(init_from)
     if not trial_folders(folder) or workdir.name != trial_folder(trial.number):
         return load_run(folder)
     run = load_run(folder / workdir.name)
@@ -344,12 +345,14 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
                     while in_flight:  # nothing is saved before it is known to be finite
                         finish_oldest()
                     checkpoints.save(done, state, {"interval": log.interval()})
-                if told_to_stop and done < last_step:
-                    checkpoints.wait()
-                    print(f"stopped by {signal.Signals(told_to_stop).name} after step {done}, which is saved; "
-                          "the same command goes on", flush=True)
-                    raise SystemExit(128 + told_to_stop)
+                if told_to_stop:
+                    break
             checkpoints.wait()
+            told_to_stop = told_to_stop or int(any_stop(stop.requested or 0))  # while the last steps were saved
+            if told_to_stop:
+                print(f"stopped by {signal.Signals(told_to_stop).name} after step {done}, which is saved; "
+                      "the same command goes on", flush=True)
+                raise SystemExit(128 + told_to_stop)
         finally:
             trace.stop()
             log.close()
@@ -358,14 +361,14 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
 
 def _add_start(run: _Run, first_step: int) -> None:
     starts = _starts(run.workdir) if first_step else []
-    if not starts or not _is_of(run, starts[-1]):
+    if not starts or not _is_of(run.source, starts[-1]):
         starts.append(run.source | {"first_step": first_step})
         write_atomically(run.workdir / TRAINING, json.dumps(starts, indent=1))
 
 
-def _is_of(run: _Run, start: dict[str, Any]) -> bool:
+def _is_of(source: dict[str, Any], start: dict[str, Any]) -> bool:
     """Whether what trained from there is the same command, code and machine as the one at work now."""
-    return all(start.get(name) == value for name, value in run.source.items())
+    return all(start.get(name) == value for name, value in source.items())
 
 
 def _starts(workdir: Path) -> list[dict[str, Any]]:
@@ -460,7 +463,7 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
         "seed": config.seed, "steps": int(state.step), "train_fingerprint": run.label_map["fingerprint"],
         "wall_time_seconds": round(time.perf_counter() - started, 1)}
     starts = _starts(run.workdir)
-    if not all(_is_of(run, start) for start in starts):
+    if not all(_is_of(run.source, start) for start in starts):
         source["training"] = starts
     _write_results(run.workdir, rows, source)
     return rows
@@ -476,11 +479,22 @@ def _write_results(workdir: Path, rows: list[dict[str, Any]], source: dict[str, 
 
 def _collect_trials(workdir: Path, source: dict[str, Any]) -> list[dict[str, Any]]:
     """Writes the results of all trials evaluated so far, and their means, into the folder that they are in."""
-    rows = [row for path in sorted(workdir.glob(f"trial-*/{RESULTS}")) for row in json.loads(path.read_text())["rows"]]
+    trials = [json.loads(path.read_text()) for path in sorted(workdir.glob(f"trial-*/{RESULTS}"))]
+    rows = [row for trial in trials for row in trial["rows"]]
     others = [row for row in rows if "trained_trial" in row]
     means = evaluate.mean_rows([row for row in rows if "trained_on" not in row])
     means += evaluate.mean_rows(evaluate.without_averaged(others), over="trained_trial")
     if means:
         print(evaluate.format_rows(means), flush=True)
+    of_trials = [trial["provenance"] for trial in trials]
+    command, source = source, source | {name: of_trials[0][name] for name in ("seed", "steps")} | {
+        "train_fingerprint": [one["train_fingerprint"] for one in of_trials],
+        "wall_time_seconds": round(sum(one["wall_time_seconds"] for one in of_trials), 1)}
+    starts = []
+    for start in (start for one in of_trials for start in one.get("training", [one])):
+        if (start := {name: start.get(name) for name in command}) not in starts:
+            starts.append(start)
+    if starts != [command]:
+        source["training"] = starts
     _write_results(workdir, rows + means, source)
     return rows + means

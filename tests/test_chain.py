@@ -1,6 +1,7 @@
 """The paper's chain of pre-training in miniature, trials, and evaluation on other data sets."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from miniatures import write_cuhk03, write_grid, write_viper
 from runs import lines_of
 from tiny_imagenet_miniature import write_tiny_imagenet
 
+from experiments.tables import figures, plan
 from jlml_jax import datasets, models, optim, parallel, protocols, report, train_step
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.cuhk03 import Cuhk03
@@ -152,6 +154,39 @@ def test_cameras_of_data_sets_trained_on_together_are_each_their_own(link):
         assert len(np.unique(of_market[group])) == len(np.unique(trial.train.cameras[group])) == 1
 
 
+def test_people_held_out_of_several_data_sets_are_those_of_each(link):
+    """Market-1501's are found among those that a run was trained on, whatever they are joined with."""
+    market = link("market1501").data
+    trained = protocols.label_map(protocols.load("market1501", market).trial(0), None)
+    for name in ("cuhk03/labeled+market1501", "market1501+cuhk03/labeled"):
+        data = link(name, **{"data.held_out_identities": 30}).data
+        trial = protocols.load(name, data).trial(0)
+        tested = trial.tested_people()
+        assert sum(map(len, tested.values())) == 30
+        both = set(tested["market1501"]) & set(trained["identities"]["market1501"])
+        assert both
+        with pytest.raises(UserError, match=f"^{len(both)} of the 30 test identities .* of market1501.* were trained"):
+            protocols.refuse_trained_on(trial, protocols.label_map(trial, trained))
+        protocols.refuse_trained_on(trial, protocols.label_map(trial, None))
+        with pytest.raises(UserError, match="has the very people that are searched for"):
+            protocols.add_distractors([trial], "market1501", data)
+        # Each data set has its own cameras, in training and at test.
+        cameras = {dataset: set() for dataset in tested}
+        for split in (trial.train, trial.query, trial.gallery):
+            for identity, camera in zip(split.identities.tolist(), split.cameras.tolist(), strict=True):
+                cameras[max((low, dataset) for dataset, low in trial.offsets.items() if low < identity)[1]].add(camera)
+        assert not set.intersection(*cameras.values())
+        assert trial.cameras().shape[1] == len(np.unique(trial.train.cameras))
+
+
+def test_extra_distractors_are_of_no_tested_camera(link):
+    data = link("market1501").data
+    trial, = protocols.add_distractors([protocols.load("market1501", data).trial(0)], "viper", data)
+    distractors = np.char.startswith(trial.gallery.names.astype(str), "cam_")
+    assert distractors.any() and set(trial.gallery.cameras[distractors]) == {-1}
+    assert -1 not in trial.gallery.cameras[~distractors]
+
+
 def test_a_further_run_on_the_same_people_keeps_their_identity_layers(link, tmp_path, capsys):
     train_and_evaluate(link("market1501", **{"optim.learning_rate": 0.1}), tmp_path / "first", "train")
     further = {"keep_identity_layers": True, "optim.learning_rate": 0.0, "seed": 1, "data.height": 32}
@@ -179,6 +214,14 @@ def test_a_further_run_of_several_trials_goes_on_from_each_in_its_own(link, tmp_
         assert all(np.array_equal(ours[leaf], theirs[leaf]) for leaf in theirs.keys() | ours.keys())
         assert load_run(further / name).label_map["init_from"] == load_run(first / name).label_map
     assert load_run(first / "trial-00").label_map["identities"] != load_run(first / "trial-01").label_map["identities"]
+
+    # The tables' figures of what the weights were before are of the same trial, too.
+    config.data.trials = "1"
+    train_and_evaluate(config, further, "evaluate")
+    table_run = plan.Run("jlml", 0, further, config)
+    (_, _, before), (_, _, after) = figures._before_and_after([table_run])
+    kernel = load_run(first / "trial-01").variables["params"]["global_head"]["fc"]["kernel"]
+    assert np.array_equal(before[0].weights, kernel) and np.array_equal(after[0].weights, kernel)
 
     config.data.trials = "2"
     with pytest.raises(UserError, match="first/trial-02 is not a run's folder"):
@@ -221,6 +264,33 @@ def test_trials_are_added_and_resumed_one_by_one(link, tmp_path, capsys):
         train_and_evaluate(config, tmp_path / "run")
     with pytest.raises(UserError, match="holds several trials; give one of them"):
         load_run(tmp_path / "run")
+
+
+def test_the_results_of_trials_tell_who_trained_each(link, tmp_path, monkeypatch):
+    def provenance_by(command, trials, mode="train_and_evaluate"):
+        monkeypatch.setattr(sys, "argv", ["-", command])
+        train_and_evaluate(link("viper", **{"data.trials": trials, "seed": 3}), tmp_path / "run", mode)
+        return json.loads((tmp_path / "run" / "results.json").read_text())["provenance"]
+
+    assert "training" not in provenance_by("first", "0")
+    found = provenance_by("second", "1")
+    of_trials = [json.loads((tmp_path / "run" / f"trial-0{trial}" / "results.json").read_text())["provenance"]
+                 for trial in (0, 1)]
+    assert (found["seed"], found["steps"]) == (3, 2)
+    assert found["wall_time_seconds"] == pytest.approx(sum(one["wall_time_seconds"] for one in of_trials))
+    assert found["train_fingerprint"] == [one["train_fingerprint"] for one in of_trials]
+    assert [start["command"].split()[-1] for start in found["training"]] == ["first", "second"]
+    found = provenance_by("third", "0-1", "evaluate")
+    assert found["command"].endswith("third")
+    assert [start["command"].split()[-1] for start in found["training"]] == ["first", "second"]
+
+
+def test_a_set_smaller_than_a_batch_is_evaluated_on_without_training(link, tmp_path, pretrained):
+    config = link("viper", pretrained, **{"train.batch_size": 4096})
+    with pytest.raises(UserError, match=r"larger than the training set of .* give --config.train.batch_size="):
+        train_and_evaluate(config, tmp_path / "run")
+    config.train.steps = 0
+    assert train_and_evaluate(config, tmp_path / "run")
 
 
 def test_the_results_of_trials_on_other_data_are_collected(link, tmp_path, capsys):

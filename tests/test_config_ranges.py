@@ -36,13 +36,15 @@ def test_the_ends_of_a_range(name, value):
 
 @pytest.mark.parametrize("name, value, range_told", [
     ("seed", 2**32, "[0, 4294967295]"), ("seed", -1, "[0, 4294967295]"),
-    ("log_every", 0, "[1, inf)"), ("checkpoint_every", -1, "[1, inf)"), ("keep_checkpoints", 0, "[1, inf)"),
-    ("optim.momentum", 1.0, "[0, 1)"), ("optim.momentum", -0.1, "[0, 1)"), ("optim.decay_every", 0, "[1, inf)"),
+    ("log_every", 0, "[1, 2147483647]"), ("checkpoint_every", -1, "[1, 2147483647]"),
+    ("keep_checkpoints", 0, "[1, inf)"),
+    ("optim.momentum", 1.0, "[0, 1)"), ("optim.momentum", -0.1, "[0, 1)"), ("optim.decay_every", 0, "[1, 2147483647]"),
     ("optim.learning_rate", math.nan, "[0, inf)"), ("optim.learning_rate", math.inf, "[0, inf)"),
     ("optim.learning_rate", -0.01, "[0, inf)"), ("augment.erasing_probability", 1.5, "[0, 1]"),
     ("model.norm_epsilon", 0.0, "(0, inf)"), ("data.std", (1.0, 1.0, 0.0), "(0, inf)"),
     ("data.mean", (0.5, 0.5, math.nan), "(-inf, inf)"), ("model.local_widths", (16, 0), "[1, inf)"),
-    ("train.steps", -1, "[0, inf)"), ("model.local_feature_dim", 0, "[1, inf)"),
+    ("train.steps", -1, "[0, 2147483647]"), ("optim.warmup_steps", 10**10, "[0, 2147483647]"),
+    ("data.mean", ("a", "b", "c"), "(-inf, inf)"), ("model.local_feature_dim", 0, "[1, inf)"),
 ])
 def test_what_is_out_of_a_range_is_told(name, value, range_told):
     with pytest.raises(UserError) as raised:
@@ -54,6 +56,8 @@ def test_what_is_out_of_a_range_is_told(name, value, range_told):
 @pytest.mark.parametrize("name, value, told", [
     ("data.mean", (0.5,), "data.mean=[0.5] must have 3 numbers"),
     ("model.global_widths", (), "model.global_widths=[] must have a number"),
+    ("model.global_widths", (4.5,), "model.global_widths=[4.5] must be whole numbers"),
+    ("model.global_widths", ((4,),), "model.global_widths=[[4]] must be in [1, inf)"),
 ])
 def test_how_many_numbers(name, value, told):
     with pytest.raises(UserError) as raised:

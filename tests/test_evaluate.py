@@ -289,6 +289,50 @@ def test_re_ranking_has_columns_of_its_own(trial):
     assert evaluate.evaluate_trials([drawn], extract, config)[0].keys() == FIELDS
 
 
+def test_means_are_of_what_all_trials_have_and_of_trials_evaluated_alike(trial):
+    def extract(split):
+        return {"global": np.random.default_rng(len(split)).normal(size=(len(split), 12))}
+
+    def rows_of(number, **fields):
+        config = default.get_config().evaluate
+        config.update(fields)
+        return evaluate.evaluate_trials([dataclasses.replace(trial, number=number)], extract, config)
+
+    mean, = evaluate.mean_rows(rows_of(0, reranking=True) + rows_of(1))
+    assert mean["trials"] == [0, 1] and "rank1_std" in mean
+    assert not [field for field in mean if field.startswith("reranked")]
+    assert evaluate.mean_rows(rows_of(0, flip_average=True) + rows_of(1)) == []
+    mean, = evaluate.mean_rows(rows_of(0, flip_average=True) + rows_of(1, flip_average=True))
+    assert mean["flip_average"]
+    several = dataclasses.replace(trial, multi_query=trial.gallery)
+    pooled = evaluate.evaluate_trials([several], extract, default.get_config().evaluate)
+    assert [row["protocol"] for row in pooled] == ["single-query", "multi-query"] and "pooling" not in pooled[1]
+    config = default.get_config().evaluate
+    config.multi_query = "max"
+    other = evaluate.evaluate_trials([dataclasses.replace(several, number=1)], extract, config)
+    assert [row["protocol"] for row in evaluate.mean_rows(pooled + other)] == ["single-query"]
+
+
+def test_a_table_has_the_columns_that_any_of_its_rows_has(trial):
+    def extract(split):
+        return {"global": np.random.default_rng(len(split)).normal(size=(len(split), 12))}
+
+    config = default.get_config().evaluate
+    config.reranking, config.norm_statistics = True, "camera"
+    row, = evaluate.evaluate_trials([trial], extract, config)
+    chance = {field: value for field, value in row.items() if "reranked" not in field and field != "norm_statistics"}
+    _, statistics, header, first, second = evaluate.format_rows([chance | {"feature": "chance"}, row]).splitlines()
+    assert "each camera's" in statistics and header.endswith("mAP re-r.")
+    assert len(first.split()) == 8 and len(second.split()) == 10
+
+
+def test_one_image_of_each_person_and_every_distractor_are_drawn_from(trial):
+    drawn = dataclasses.replace(trial, single_gallery_shot=True)
+    row, = evaluate.evaluate_trials([drawn], lambda split: {"global": np.eye(12)[split.identities + 1]},
+                                    default.get_config().evaluate)
+    assert row["num_gallery"] == 10 + 5
+
+
 def test_chance_is_near_its_expectation_and_a_colour_histogram_above_it(trial):
     data = default.get_config().data
     data.height, data.width = 32, 16

@@ -116,6 +116,22 @@ def test_a_killed_run_goes_on_to_the_same_bits(long_config, tmp_path):
     assert_same_run(long_config, tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_signal_while_the_last_step_is_saved_is_heeded(tiny_config, tmp_path, monkeypatch, capsys):
+    waited = train.Checkpoints.wait
+
+    def wait(checkpoints):
+        waited(checkpoints)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Checkpoints, "wait", wait)
+    with pytest.raises(SystemExit) as left:
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert left.value.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 12, which is saved; the same command goes on" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert train_and_evaluate(tiny_config, tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(long_config, tmp_path):
     assert start(long_config, tmp_path / "whole").wait(180) == 0
