@@ -12,7 +12,7 @@ import numpy as np
 
 from jlml_jax import camera_statistics, norm_statistics, parallel
 from jlml_jax.checkpoints import SavedRun, load_run
-from jlml_jax.datasets.base import first_few
+from jlml_jax.datasets.base import first_few, user_path
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.models import build_model
 from jlml_jax.new_run import new_folder, write_checkpoint
@@ -42,7 +42,7 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
         UserError: the run does not load, images are bad, fewer than `FEWEST_IMAGES` or, with `by_camera`, of unknown
             cameras, or `output` is there already or cannot be written.
     """
-    output = Path(output).expanduser()
+    output = user_path(output)
     with new_folder(output, "--output") as part:
         listing = list_images(images)
         for note in listing.notes:
@@ -61,7 +61,11 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
         if by_camera:
             of_cameras = {}
             for camera in cameras:
-                own, count = measure([image for image in listing.images if image.camera == camera])
+                of_camera = [image for image in listing.images if image.camera == camera and image not in measure.bad]
+                if not of_camera:
+                    print(f"camera {printable(camera)} is left out: none of its images can be read", file=sys.stderr)
+                    continue
+                own, count = measure(of_camera)
                 of_cameras[camera] = norm_statistics.of_camera(own, count, batch_stats)
                 told += f", {count:,} of camera {printable(camera)}"
             (part / camera_statistics.FILE).write_bytes(
@@ -75,10 +79,14 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
 
 
 class _Measure:
-    """A function of images to the `batch_stats` over them, and how many there are: `MOST_IMAGES` at most."""
+    """A function of images to the `batch_stats` over them, and how many there are: `MOST_IMAGES` at most.
+
+    `bad` are those that it could not read, and was to keep going.
+    """
 
     def __init__(self, run: SavedRun, keep_going: bool):
         self.run, self._keep_going = run, keep_going
+        self.bad: set[UserImage] = set()
         self._mesh, config = parallel.make_mesh(jax.local_devices()), run.config
         parallel.keep_programs(config.compilation_cache)
         self._statistics = norm_statistics.make_statistics(build_model(config, num_identities=0), config, self._mesh)
@@ -87,11 +95,13 @@ class _Measure:
 
     def __call__(self, images: Sequence[UserImage]) -> tuple[Any, int]:
         # Read in the list's order, in which the boxes of one frame follow each other: it is then decoded once.
-        chosen = np.sort(norm_statistics.chosen_images(len(images)))
+        chosen = [images[index] for index in np.sort(norm_statistics.chosen_images(len(images)))]
         data = self.run.config.data
-        batches = read_batches([images[index] for index in chosen], data.height, data.width, self._batch_size,
-                               "reading", keep_going=self._keep_going)
-        pixels = np.array([image.pixels for read, _ in batches for image in read])
+        batches = read_batches(chosen, data.height, data.width, self._batch_size, "reading",
+                               keep_going=self._keep_going)
+        loaded = [image for read, _ in batches for image in read]
+        self.bad |= {*chosen} - {one.image for one in loaded}
+        pixels = np.array([one.pixels for one in loaded])
         in_random_order = pixels[norm_statistics.chosen_images(len(pixels))]
         return norm_statistics.of_batches(self._statistics, self._variables, norm_statistics.full_batches(
             in_random_order, self._batch_size), self._mesh), len(pixels)

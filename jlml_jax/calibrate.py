@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jlml_jax import calibration, features_file, protocols
+from jlml_jax import calibration, datasets, features_file, protocols
 from jlml_jax.calibration import format_rate
 from jlml_jax.checkpoints import load_run
-from jlml_jax.datasets.base import DISTRACTOR, JUNK
+from jlml_jax.datasets.base import DISTRACTOR, JUNK, user_path
 from jlml_jax.datasets.folder import NOBODY
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor, check_fingerprint, load_extractor, tell_unknown_cameras
@@ -45,7 +45,8 @@ def _labelled_test(workdir: Path, dataset: str | None, extractor: Extractor) -> 
         raise UserError(f"{trial.dataset} has no queries and gallery; give --dataset or --features")
     protocols.refuse_trained_on(trial, run.label_map)
     splits = [trial.query, trial.gallery]
-    cameras = [[str(camera) for camera in split.cameras] for split in splits]
+    called = datasets.names(trial.dataset, data.data_dir)
+    cameras = [[called.camera(camera) for camera in split.cameras] for split in splits]
     tell_unknown_cameras(itertools.chain(*cameras), extractor)
     features = []
     for split, names in zip(splits, cameras, strict=True):
@@ -77,10 +78,10 @@ def calibrate(workdir: str | Path, *, dataset: str | None = None, features: str 
         dataset: whose queries and gallery to measure on; None: the run's own.
         features: instead, a file that extract has made, of images with identities and cameras.
     """
-    workdir = Path(workdir)
+    workdir = user_path(workdir)
     extractor = load_extractor(workdir)
     if features is not None:
-        labelled = _labelled_features(Path(features).expanduser(), extractor)
+        labelled = _labelled_features(user_path(features), extractor)
         source = {"features": Path(features).name}
     else:
         labelled, name = _labelled_test(workdir, dataset, extractor)

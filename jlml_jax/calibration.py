@@ -128,9 +128,13 @@ def save(workdir: Path, result: dict[str, Any], extractor: Extractor, source: di
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """A run's thresholds, as calibrate has measured them."""
+    """A run's thresholds, as calibrate has measured them; false if there are none."""
 
     thresholds: Sequence[tuple[float, float]]  # (rate, threshold), the strictest rate first
+    why_none: str = ""  # in words, for the user
+
+    def __bool__(self) -> bool:
+        return bool(self.thresholds)
 
     def of(self, distance: float) -> str:
         """The strictest rate at which two images at that distance are accepted as one person."""
@@ -145,7 +149,7 @@ def format_rate(rate: float) -> str:
     return f"{rate:.0e}".replace("e-0", "e-")
 
 
-def load_verdicts(workdir: Path, extractor: Extractor) -> Verdicts | None:
+def load(workdir: Path, extractor: Extractor) -> dict[str, Any] | None:
     """What `save` has left in the run; None if nothing.
 
     Raises:
@@ -155,9 +159,8 @@ def load_verdicts(workdir: Path, extractor: Extractor) -> Verdicts | None:
     again = f"run python -m jlml_jax.calibrate --workdir={workdir} again, or delete it"
     try:
         content = json.loads(path.read_text())
-        thresholds = [(float(entry["rate"]), float(entry["threshold"])) for entry in content["thresholds"]
-                      if entry["threshold"] is not None]
         fingerprint = str(content["fingerprint"])
+        _thresholds(content)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -165,4 +168,18 @@ def load_verdicts(workdir: Path, extractor: Extractor) -> Verdicts | None:
     if fingerprint != extractor.fingerprint:
         raise UserError(f"{path} is of another model (fingerprint {fingerprint}) than the run now is "
                         f"({extractor.fingerprint}); {again}")
-    return Verdicts(sorted(thresholds)) if thresholds else None
+    return content
+
+
+def load_verdicts(workdir: Path, extractor: Extractor) -> Verdicts:
+    """The thresholds that `save` has left in the run, if any; a UserError as `load` raises it."""
+    content = load(workdir, extractor)
+    if content is None:
+        return Verdicts((), f"run python -m jlml_jax.calibrate --workdir={workdir} first")
+    return Verdicts(_thresholds(content), "the run was calibrated on too few pairs of different people; run python -m "
+                    f"jlml_jax.calibrate --workdir={workdir} on more images")
+
+
+def _thresholds(content: dict[str, Any]) -> list[tuple[float, float]]:
+    return sorted((float(entry["rate"]), float(entry["threshold"])) for entry in content["thresholds"]
+                  if entry["threshold"] is not None)

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from configs import default
 from jlml_jax import camera_statistics, parallel
 from jlml_jax.camera_statistics import CameraStatistics
-from jlml_jax.datasets.base import first_few
+from jlml_jax.datasets.base import first_few, user_path
 from jlml_jax.errors import UserError, storage_errors_told
 
 # What may differ between a run and its resumption: it changes what is shown or kept, not what is learned.
@@ -207,7 +207,7 @@ def load_run(workdir: str | Path) -> SavedRun:
     Raises:
         UserError: there is no run, it has no checkpoint yet, or none of them is whole.
     """
-    workdir = Path(workdir)
+    workdir = user_path(workdir)
     config, label_map = read_description(workdir)
     if not has_checkpoint(workdir):
         raise UserError(f"{workdir} has no checkpoint yet; train it first")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jlml_jax import calibration
+from jlml_jax.datasets.base import user_path
 from jlml_jax.errors import exit_status
 from jlml_jax.extractor import load_extractor, tell_unknown_cameras
 from jlml_jax.user_images import load_query
@@ -24,7 +25,7 @@ def compare(workdir: str | Path, images: tuple[str, str], cameras: tuple[str, st
     `cameras` are theirs; None: what their names tell, if they are like Market-1501's.
     """
     extractor = load_extractor(workdir)
-    verdicts = calibration.load_verdicts(Path(workdir), extractor)
+    verdicts = calibration.load_verdicts(user_path(workdir), extractor)
     loaded = [load_query(image, extractor.height, extractor.width) for image in images]
     if cameras is not None:
         loaded = [(dataclasses.replace(image, camera=camera), pixels)
@@ -34,8 +35,7 @@ def compare(workdir: str | Path, images: tuple[str, str], cameras: tuple[str, st
     a, b = (extractor(pixels[None], [image.camera])[0].astype(np.float64) for image, pixels in loaded)
     distance = float(np.linalg.norm(a - b))
     print(f"distance {distance:.4f}")
-    print(verdicts.of(distance) if verdicts else
-          f"no verdict: run python -m jlml_jax.calibrate --workdir={workdir} first")
+    print(verdicts.of(distance) if verdicts else f"no verdict: {verdicts.why_none}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

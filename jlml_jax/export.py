@@ -22,13 +22,14 @@ import ml_collections
 import numpy as np
 from jax import export as jax_export
 
-from jlml_jax import parallel, provenance
+from jlml_jax import calibration, parallel, provenance
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import SavedRun, load_run, write_atomically
 from jlml_jax.datasets import synthetic_drawing
-from jlml_jax.datasets.base import first_few
+from jlml_jax.datasets.base import first_few, user_path
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.evaluate import make_forward, matching_features
+from jlml_jax.extractor import Extractor
 from jlml_jax.models import build_model
 from jlml_jax.user_images import printable
 
@@ -65,11 +66,11 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
         camera: whose statistics batch normalisation goes by, in a run that has them by camera; None: the run's own.
 
     Raises:
-        UserError: the run does not load or has no statistics of `camera`, `output` cannot be written, onnx is not
-            installed, or the exported features differ from the run's by more than 1e-4 of their norm. Nothing is
-            written then.
+        UserError: the run does not load or has no statistics of `camera`, its thresholds are of another model, `output`
+            cannot be written, onnx is not installed, or the exported features differ from the run's by more than 1e-4
+            of their norm. Nothing is written then.
     """
-    output = Path(output)
+    output = user_path(output)
     if file_format not in FORMATS:
         raise UserError(f"--format={file_format} is unknown; known are {', '.join(FORMATS)}")
     if signature not in INPUTS:
@@ -80,6 +81,7 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
     build = _onnx_builder() if file_format == "onnx" else _build_stablehlo
 
     run = load_run(workdir)
+    thresholds = _thresholds_of(run, camera)
     if camera is not None:
         known = run.cameras.cameras if run.cameras else ()
         if camera not in known:
@@ -94,6 +96,8 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
         if not np.isfinite(expected).all():
             raise UserError(f"{workdir} gives features that are not finite; its weights are unusable: train again")
         metadata = _describe(run, signature, expected.shape[1]) | ({} if camera is None else {"camera": camera})
+        if thresholds is not None:
+            metadata["calibration"] = thresholds
         content, embed = build(run, signature, metadata)
     error = _max_relative_error(embed, _as_input(images, signature, run.config.data), expected)
     if not error <= TOLERANCE:  # also where it is NaN
@@ -109,6 +113,16 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
           f"mean {metadata['mean']}, std {metadata['std']} of pixel / 255\n"
           f"gives {gives['name']}: {gives['dtype']} {gives['shape']}, normalize {gives['normalize']}\n"
           f"agrees with the run on {max(BATCH_SIZES)} drawn people to {error:.1e} of the features' norm")
+
+
+def _thresholds_of(run: SavedRun, camera: str | None) -> dict[str, Any] | None:
+    """The run's calibration, if it is of such features as the graph will give."""
+    found = calibration.load(run.workdir, Extractor(run, parallel.make_mesh(jax.local_devices()[:1])))
+    if found is not None and run.cameras and camera is None:
+        print(f"{calibration.FILE} is left out: it is of features by each camera's statistics, and the graph goes by "
+              "those of all cameras together; --camera makes one that goes by a camera's")
+        return None
+    return found
 
 
 def _embed(run: SavedRun, variables: Any, images: jax.Array) -> jax.Array:
@@ -187,7 +201,7 @@ def _describe(run: SavedRun, signature: str, dim: int) -> dict[str, Any]:
     data = run.config.data
     shape = (["batch", data.height, data.width, 3] if signature == "uint8_nhwc" else
              ["batch", 3, data.height, data.width])
-    metadata = {
+    return {
         "input": {"name": "images", "dtype": signature.partition("_")[0], "shape": shape, "values": INPUTS[signature],
                   "resize": "before, if need be: antialiased triangle filter (Pillow's BILINEAR), no letterbox"},
         "output": {"name": "features", "dtype": "float32", "shape": ["batch", dim], "distance": "L2",
@@ -199,13 +213,6 @@ def _describe(run: SavedRun, signature: str, dim: int) -> dict[str, Any]:
         "config": json.loads(run.config.to_json()),
         "provenance": provenance.collect(),
     }
-    calibration = run.workdir / "calibration.json"
-    try:
-        if calibration.exists():
-            metadata["calibration"] = json.loads(calibration.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{calibration} does not read ({error}); calibrate the run again, or remove it") from error
-    return metadata
 
 
 def _trained_on(label_map: dict[str, Any] | None) -> list[dict[str, str]]:

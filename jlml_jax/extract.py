@@ -3,11 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from jlml_jax import features_file
+from jlml_jax.datasets.base import user_path
 from jlml_jax.errors import exit_status
 from jlml_jax.extractor import embed, load_extractor
 from jlml_jax.features_file import FeaturesFile
@@ -28,7 +28,7 @@ examples:
 
 def extract(workdir: str, images: str, output: str, *, keep_going: bool = False) -> None:
     """Writes the features of `images` to `output`; a UserError tells what is wrong with any of the three."""
-    output = Path(output).expanduser()
+    output = user_path(output)
     features_file.check_output(output)
     listing = list_images(images)
     for note in listing.notes:

@@ -15,6 +15,7 @@ there are boxes) and features (a list of D float32); root and fingerprint are me
 import contextlib
 import dataclasses
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -86,7 +87,7 @@ def write(path: Path, table: FeaturesFile) -> None:
 
 
 def _replace_atomically(path: Path, write_to: Callable[[BinaryIO], None]) -> None:
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # not another process's
     try:
         with open(part, "wb") as file:
             write_to(file)

@@ -98,7 +98,8 @@ class Gallery:
     @property
     def cameras(self) -> np.ndarray:
         """The cameras, str [N], empty where not known."""
-        cameras = [camera for camera, in self._query("SELECT camera FROM images ORDER BY row")]
+        # Another process may have added more since.
+        cameras = [camera for camera, in self._query("SELECT camera FROM images WHERE row < ? ORDER BY row", len(self))]
         if not all(isinstance(camera, str) for camera in cameras):
             raise self._damaged("cameras are not text")
         return np.array(cameras, np.str_)
@@ -190,8 +191,11 @@ class Gallery:
         path = self.folder / _FEATURES
         if count and (last != count - 1 or not path.is_file() or path.stat().st_size < count * self.dim * 4):
             raise UserError(f"{path} does not have the {count:,} rows of {_DATABASE}; make the gallery anew")
-        self.features = (np.memmap(path, "<f4", "r", shape=(count, self.dim)) if count
-                         else np.empty((0, self.dim), np.float32))
+        try:
+            self.features = (np.memmap(path, "<f4", "r", shape=(count, self.dim)) if count
+                             else np.empty((0, self.dim), np.float32))
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}); make it readable") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class KeptStep:
                                 {name: str(value) for name, value in jax.config.values.items()
                                  if name != "jax_compilation_cache_dir"}])
         name = f"jlml_jax-step-{hashlib.sha256(described.encode()).hexdigest()}"
-        path = Path(self._folder).expanduser() / name
+        path = Path(os.path.expanduser(self._folder)) / name
         content = _read(path)
         if content is None:
             # Of plain lists and dicts, which need no code to be read again.

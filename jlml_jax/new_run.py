@@ -19,16 +19,26 @@ from jlml_jax.train_step import init_state
 @contextlib.contextmanager
 def new_folder(workdir: Path, option: str) -> Iterator[Path]:
     """A folder to fill, which is there as `workdir`, the value of `option`, once it is filled, and else not at all."""
-    if workdir.exists():
-        raise UserError(f"{workdir} is there already; give another {option}")
     part = workdir.with_name(f"{workdir.name}.{secrets.token_hex(4)}.part")
+    with _told_of(workdir, option):
+        if workdir.exists():
+            raise UserError(f"{workdir} is there already; give another {option}")
+        part.mkdir(parents=True)
     try:
         with storage_errors_told(workdir.parent):
-            part.mkdir(parents=True)
             yield part
+        with _told_of(workdir, option):
             part.rename(workdir)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _told_of(workdir: Path, option: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # also where another process has made it meanwhile
+        raise UserError(f"cannot make {workdir} ({error.strerror}); give another {option}") from error
 
 
 def write_checkpoint(folder: Path, run: SavedRun) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jlml_jax import calibration, camera_statistics, parallel
 from jlml_jax.checkpoints import RESULTS, TRAINING, flatten, load_run, write_atomically
 from jlml_jax.datasets import synthetic_drawing
+from jlml_jax.datasets.base import user_path
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
 
@@ -41,7 +42,7 @@ def pack(workdir: str | Path, output: str | Path) -> None:
         UserError: the run does not load or has not ended, `output` cannot be written, or float16 is too coarse for
             these weights. Nothing is written then.
     """
-    output = Path(output).expanduser()
+    output = user_path(output)
     run = load_run(workdir)
     if run.step < run.config.train.steps:
         raise UserError(f"{workdir} is at step {run.step} of {run.config.train.steps}; train it to its end first")
@@ -54,7 +55,7 @@ def pack(workdir: str | Path, output: str | Path) -> None:
         raise UserError(f"the weights of {workdir} do not fit into float16: features would differ by {error:.1e} of "
                         f"their norm, {TOLERANCE:.0e} is allowed; hand on the run's folder itself")
     try:
-        calibrated = calibration.load_verdicts(run.workdir, after) is not None
+        calibrated = calibration.load(run.workdir, after) is not None
     except UserError:
         calibrated = False
         print(f"{calibration.FILE} is left out, as it is not of the rounded weights: to hand on thresholds, unpack the "

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import BenchmarkBuilder, Crop, count, decode_image, first_few
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, count, decode_image, first_few, user_path
 from jlml_jax.errors import UserError, exit_status
 
 _EXAMPLE = """example:
@@ -106,10 +106,10 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
     if drawn:
         check_room(root, 0)
     elif not isinstance(dataset, BenchmarkBuilder):  # TFDS's own, which checks the archives while it reads them
-        source = Path(source).expanduser()
+        source = user_path(source)
         check_room(root, int(1.1 * dataset.check_archives(source)))
     else:
-        source = Path(source).expanduser()
+        source = user_path(source)
         try:
             originals = dataset.inspect(source)
         except OSError as error:

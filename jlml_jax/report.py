@@ -6,7 +6,6 @@ test (several data sets trained on together, or ImageNet) gets a page without wh
 
 import argparse
 import base64
-import dataclasses
 import functools
 import io
 import json
@@ -21,7 +20,8 @@ from PIL import Image
 
 from jlml_jax import calibration, datasets, evaluate, metrics, norm_statistics, parallel, pictures, protocols
 from jlml_jax.checkpoints import RESULTS, SavedRun, load_run, write_atomically
-from jlml_jax.datasets.base import DISTRACTOR, Split
+from jlml_jax.datasets import Names
+from jlml_jax.datasets.base import DISTRACTOR, Split, user_path
 from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
@@ -60,7 +60,7 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
     Raises:
         UserError: the run or its data do not load, or are not of each other, or `output` cannot be written.
     """
-    output = Path(output) if output is not None else Path(workdir) / "report.html"
+    output = user_path(output) if output is not None else user_path(workdir) / "report.html"
     if queries < 1:
         raise UserError(f"--queries={queries} must be at least 1")
     run = load_run(workdir)
@@ -154,7 +154,7 @@ def _tables(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(key, []).append(row)
     tables = []
     for (dataset, protocol, trained_on, _, incomplete, _), group in groups.items():
-        columns = [score for score in evaluate.TITLES if score in group[0]]
+        columns = evaluate.columns_of(group)
         sizes = [("images", "num_images"), ("classes", "num_classes"), ("queries", "num_queries"),
                  ("gallery images", "num_gallery")]
         size = {f"{row[field]:,.10g} {what}": None for what, field in sizes for row in group[:1] if field in row}
@@ -167,7 +167,7 @@ def _tables(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "rows": [{"trial": f"mean of {mean}" if (mean := evaluate.averaged_over(row)) else row["trial"],
                       "mean": bool(mean), "feature": row["feature"],
                       "normalize": row.get("normalize", ""),
-                      "cells": [(row[column], row.get(f"{column}_std")) for column in columns]} for row in group],
+                      "cells": [(row.get(column), row.get(f"{column}_std")) for column in columns]} for row in group],
         })
     return tables
 
@@ -219,22 +219,6 @@ def _training(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
 # What is computed anew.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Names:
-    """What to call identities and cameras: as the user's own CSV did, else by number."""
-
-    identities: Sequence[str] = ()
-    cameras: Sequence[str] = ()
-
-    def identity(self, number: int) -> str:
-        if number == DISTRACTOR:
-            return "distractor"
-        return self.identities[number - 1] if self.identities else str(number)
-
-    def camera(self, number: int) -> str:
-        return self.cameras[number - 1] if self.cameras else str(number)
-
-
 def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_group: int) -> dict[str, Any]:
     config = run.config
     evaluate.check_fields(config.evaluate)
@@ -256,10 +240,7 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
         single_gallery_shot=trial.single_gallery_shot) for name in query}
     first_ranks, precisions = metrics.query_scores(query[feature], gallery[feature], *evaluate.labels_of(trial))
 
-    names = _Names()
-    if trial.dataset.startswith("folder/"):
-        metadata = datasets.metadata(trial.dataset, config.data.data_dir)
-        names = _Names(metadata["identities"], metadata["cameras"])
+    names = datasets.names(trial.dataset, config.data.data_dir)
     groups = _choose(precisions, per_group)
     lists = [_ranked_list(trial, names, group, q, distances, first_ranks, precisions)
              for group, queries in groups.items()
@@ -276,6 +257,7 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
             [Curve(name, ranks, 100 * score.cmc, _COLORS.get(name, _OTHER)) for name, score in scores.items()],
             title="CMC curve", x_label="rank", y_label="queries matched by it (per cent)"),
         "histogram": histogram, "thresholds": thresholds, "other_thresholds": verdicts and not comparable,
+        "by_camera": bool(run.cameras),
         "lists": lists, "counts": {group: len(queries) for group, queries in groups.items()},
         "identities": _options(lists, "identity"), "cameras": _options(lists, "camera"),
         "figures": [item for group in groups for item in [one for one in lists if one["group"] == group][:FIGURES]],
@@ -308,7 +290,7 @@ def _choose(precisions: np.ndarray, per_group: int) -> dict[str, list[int]]:
     return {"worst": worst.tolist(), "random": np.sort(random).tolist(), "best": best.tolist()}
 
 
-def _ranked_list(trial: Trial, names: _Names, group: str, q: int, distances: np.ndarray, first_ranks: np.ndarray,
+def _ranked_list(trial: Trial, names: Names, group: str, q: int, distances: np.ndarray, first_ranks: np.ndarray,
                  precisions: np.ndarray) -> dict[str, Any]:
     ranked = pictures.ranked_gallery(trial, q, distances, TOP_K)
 

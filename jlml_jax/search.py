@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from jlml_jax import calibration, features_file
-from jlml_jax.datasets.base import first_few
+from jlml_jax.datasets.base import first_few, user_path
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor, tell_unknown_cameras
 from jlml_jax.features_file import FeaturesFile
@@ -72,7 +72,7 @@ def _refuse_other_cameras(gallery: Gallery, images: Sequence[LoadedImage]) -> No
 def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, keep_going: bool
           ) -> tuple[Gallery | FeaturesFile, np.ndarray | None]:
     """What `gallery` names, and the rows of it to search (None: all)."""
-    path = Path(gallery).expanduser()
+    path = user_path(gallery)
     if index is not None and (is_gallery(path) or path.suffix in features_file.SUFFIXES):
         raise UserError(f"--index keeps images, but {gallery} has features already; leave out --index")
     if path.suffix in features_file.SUFFIXES and not path.is_dir():
@@ -87,7 +87,7 @@ def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, 
         for note in listing.notes:
             print(note)
         name = f"{path.stem[:40]}-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
-        folder = Path(index).expanduser() if index else workdir / "galleries" / extractor.fingerprint / name
+        folder = user_path(index) if index else workdir / "galleries" / extractor.fingerprint / name
         opened, rows = update_gallery(folder, listing.images, extractor, keep_going=keep_going)
     return opened, rows
 
@@ -118,7 +118,7 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
            excluded_cameras: Sequence[str] = (), exclude_own_camera: bool = False, query_camera: str | None = None,
            picture: str | None = None, index: str | None = None, keep_going: bool = False) -> None:
     """Prints the `top_k` images of `gallery` that are nearest to the image `query`; without one, adds images only."""
-    workdir = Path(workdir)
+    workdir = user_path(workdir)
     if top_k < 1:
         raise UserError(f"--top_k={top_k} must be at least 1")
     extractor = load_extractor(workdir)
@@ -150,9 +150,9 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
               + f"{printable(image.identity) or '-':<10} {printable(image.camera) or '-':<8} {printable(image.file)}"
               + (f" box {','.join(map(str, image.box))}" if image.box else ""))
     if not verdicts:
-        print(f"no verdicts: run python -m jlml_jax.calibrate --workdir={workdir} first")
+        print(f"no verdicts: {verdicts.why_none}")
     if picture is not None:
-        _draw(Path(picture).expanduser(), query_image, images, distances)
+        _draw(user_path(picture), query_image, images, distances)
 
 
 def _draw(path: Path, query: UserImage, images: Sequence[UserImage], distances: np.ndarray) -> None:
@@ -171,7 +171,7 @@ def _draw(path: Path, query: UserImage, images: Sequence[UserImage], distances: 
         draw.text((left, 2 * _GAP + _CROP[1]), caption, fill="black")
     try:
         sheet.save(path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix of no format
+    except (OSError, ValueError, KeyError) as error:  # a suffix of no format, or of one that is only read
         raise UserError(f"cannot write {path} ({error}); give another --picture, such as found.png") from error
     print(f"picture in {path}")
 

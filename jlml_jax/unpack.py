@@ -7,12 +7,13 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from jlml_jax import calibration, camera_statistics
 from jlml_jax.checkpoints import RESULTS, TRAINING, SavedRun, read_description
+from jlml_jax.datasets.base import user_path
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.new_run import new_folder, write_checkpoint
 from jlml_jax.pack import ABOUT, CONFIG, FORMAT, LABEL_MAP, WEIGHTS
@@ -34,7 +35,7 @@ def unpack(workdir: str | Path, file: str | Path = PRETRAINED) -> None:
     Raises:
         UserError: `workdir` is there already or cannot be written, or `file` is no packed run, or damaged.
     """
-    workdir, file = Path(workdir), Path(file).expanduser()
+    workdir, file = user_path(workdir), user_path(file)
     with new_folder(workdir, "--workdir") as part:
         step, variables = _extract(file, part)
         try:
@@ -49,7 +50,7 @@ def _extract(file: Path, folder: Path) -> tuple[int, dict[str, Any]]:
     """Writes the files of a run into `folder`, and returns its step and its weights, float32."""
     variables = {}
     try:
-        with zipfile.ZipFile(file) as archive:
+        with _opened(file) as opened, zipfile.ZipFile(opened) as archive:
             about = json.loads(archive.read(ABOUT))
             if about["format"] != FORMAT:
                 raise UserError(f"{file} is of format {about['format']}, known is {FORMAT}; use a version of jlml_jax "
@@ -68,11 +69,16 @@ def _extract(file: Path, folder: Path) -> tuple[int, dict[str, Any]]:
                         place = place.setdefault(part, {})
                     place[leaf] = np.asarray(array, np.float32)
             return int(about["step"]), variables
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {file}; give one that jlml_jax.pack has made") from error
     except (zipfile.BadZipFile, zlib.error, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError,
             TypeError, ValueError) as error:
         raise _damaged(file, error) from error
+
+
+def _opened(file: Path) -> BinaryIO:
+    try:
+        return open(file, "rb")
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}); give one that jlml_jax.pack has made") from error
 
 
 def _damaged(file: Path, error: BaseException | None) -> UserError:

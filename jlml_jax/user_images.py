@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jlml_jax.datasets.base import JUNK, first_few, open_rgb, resize
+from jlml_jax.datasets.base import JUNK, first_few, open_rgb, resize, user_path
 from jlml_jax.datasets.folder import NAME, identity_of, read_table
 from jlml_jax.errors import UserError
 
@@ -74,7 +74,8 @@ def printable(text: str) -> str:
 def list_images(source: str) -> Listing:
     """Lists images: a folder's, searched to the bottom and sorted by path; a CSV's; a glob's, sorted; or one file.
 
-    In a folder, files that by their suffix are no images are left out, and so is what is hidden. A CSV has the columns
+    In a folder, folders that are linked are searched too; files that by their suffix are no images are left out, and so
+    is what is hidden. A CSV has the columns
     image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder and must stay in it, also where
     symbolic links lead. Where all names of a folder or glob are like Market-1501's (0002_c1s1_000451_03.jpg), identity
     and camera are read from them. As in the data sets `folder/NAME`, distractor and junk in the place of an identity
@@ -83,7 +84,7 @@ def list_images(source: str) -> Listing:
     Raises:
         UserError: there are none, or the CSV has rows that cannot be right.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     try:
         if path.is_dir():
             listing = _list_folder(path)
@@ -100,9 +101,10 @@ def list_images(source: str) -> Listing:
         raise UserError(f"cannot read {source} ({error}); give readable images") from error
     if not listing.images:
         raise UserError(f"{source} has no images; give a folder, a CSV or a glob that has")
-    broken = [ascii(image.file) for image in listing.images if not _is_unicode(image.file)]
+    broken = [ascii(image.file) for image in listing.images if not _is_unicode(str(image.path.absolute()))]
     if broken:
-        raise UserError(f"{len(broken)} file names in {source} are not valid UTF-8: {first_few(broken)}; rename them")
+        raise UserError(f"{len(broken)} images in {printable(source)} have names, or folders, that are not valid "
+                        f"UTF-8: {first_few(broken)}; rename them")
     return listing
 
 
@@ -118,16 +120,8 @@ def _list_folder(root: Path) -> Listing:
     Image.init()
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images, others = [], []
-
-    def fail(error: OSError) -> None:  # os.walk would pass over a folder that it cannot read
-        raise error
-
-    for folder, subfolders, names in os.walk(root, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if not name.startswith("."):
-                (images if path.suffix.lower() in suffixes else others).append(path)
+    for path in _files_below(root):
+        (images if path.suffix.lower() in suffixes else others).append(path)
     named = [UserImage(path, path.relative_to(root).as_posix()) for path in sorted(images)]
     listing = _with_market_names(named, root)
     if not others:
@@ -135,6 +129,23 @@ def _list_folder(root: Path) -> Listing:
     left_out = first_few([printable(path.relative_to(root).as_posix()) for path in sorted(others)])
     return dataclasses.replace(listing, notes=(
         f"{len(others)} files are no images by their names and are left out: {left_out}", *listing.notes))
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """All files that are not hidden, each folder's once: those of linked folders that nothing else leads to, too."""
+    def fail(error: OSError) -> None:  # os.walk would pass over a folder that it cannot read
+        raise error
+
+    seen, linked = set(), collections.deque([root])
+    while linked:
+        for folder, subfolders, names in os.walk(linked.popleft(), onerror=fail):
+            if (real := os.path.realpath(folder)) in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            linked += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def _with_market_names(images: list[UserImage], root: Path) -> Listing:
@@ -178,7 +189,7 @@ def _csv_image(cells: dict[str, str], line: int, root: Path, resolved_root: Path
     if os.path.isabs(file) or inside == os.pardir or inside.startswith(os.pardir + os.sep):
         raise ValueError(f"{shown} leaves the folder of the CSV")
     path = root / inside
-    if not path.resolve().is_relative_to(resolved_root):
+    if not Path(os.path.realpath(path)).is_relative_to(resolved_root):
         raise ValueError(f"{shown} leaves the folder of the CSV by a symbolic link")
     if cells.get("identity") == str(JUNK):
         raise ValueError("write junk for identity -1, and distractor where 0 is nobody")

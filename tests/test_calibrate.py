@@ -167,3 +167,15 @@ def test_a_file_of_features(capsys, workdir, tiny_extractor, tmp_path):
     expected = json.loads(json.dumps(calibration.calibrate(calibration.count_pairs(features, identities, cameras))))
     assert {name: content[name] for name in expected} == expected
     assert content["source"] == {"features": "own.npz", "images": 60, "identities": 5}
+
+
+def test_too_few_pairs_are_told_from_no_calibration(capsys, workdir, tiny_extractor, tmp_path):
+    assert "first" in calibration.load_verdicts(workdir, tiny_extractor).why_none
+    features = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
+    table = features_file.FeaturesFile(features, np.full(6, "f"), np.array(["a", "b", "c"] * 2),
+                                       np.repeat(["x", "y"], 3), None, "/", tiny_extractor.fingerprint)
+    features_file.write(tmp_path / "few.npz", table)
+    assert run(calibrate, capsys, f"--workdir={workdir}", f"--features={tmp_path / 'few.npz'}")[0] == 0
+    Image.new("RGB", (16, 32)).save(tmp_path / "a.png")
+    _, out, _ = run(compare, capsys, tmp_path / "a.png", tmp_path / "a.png", f"--workdir={workdir}")
+    assert "no verdict: the run was calibrated on too few pairs of different people" in out

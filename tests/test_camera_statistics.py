@@ -24,6 +24,7 @@ from jlml_jax import (
     norm_statistics,
     pack,
     parallel,
+    prepare,
     search,
     unpack,
 )
@@ -241,3 +242,52 @@ def test_a_damaged_file_is_told(workdir, tmp_path, change):
     with pytest.raises(UserError, match=r"camera_statistics.npz is damaged \(.*adapt --by_camera"):
         camera_statistics.read(path, batch_stats)
     assert camera_statistics.read(tmp_path / "none.npz", batch_stats) is None
+
+
+def test_calibration_goes_by_the_cameras_as_the_user_named_them(crops, workdir, extractor, tmp_path, capsys):
+    """A data set numbers its cameras: gate is its camera 1, hall its camera 2."""
+    labelled = tmp_path / "shop"
+    shutil.copytree(crops, labelled)
+    lines = (labelled / "crops.csv").read_text().splitlines()
+    (labelled / "crops.csv").write_text("\n".join(
+        [lines[0] + ",split", *(line + (",query" if line.startswith("gate") else ",gallery") for line in lines[1:])]))
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["data_dir"] = str(tmp_path / "data")
+    (run / "config.json").write_text(json.dumps(config))
+    prepare.prepare("folder/shop", labelled / "crops.csv", tmp_path / "data")
+    assert calibrate.main([f"--workdir={run}", "--dataset=folder/shop"]) == 0
+    assert not capsys.readouterr().err  # no camera is unknown
+    by_dataset = json.loads((run / "calibration.json").read_text())
+    extract.extract(str(run), str(crops / "crops.csv"), str(tmp_path / "features.npz"))
+    assert calibrate.main([f"--workdir={run}", f"--features={tmp_path / 'features.npz'}"]) == 0
+    by_features = json.loads((run / "calibration.json").read_text())
+    assert by_dataset["equal_error"] == pytest.approx(by_features["equal_error"], abs=1e-3)
+
+
+def test_a_graph_has_the_thresholds_of_its_own_features_alone(crops, workdir, tmp_path, capsys):
+    run, output = tmp_path / "run", tmp_path / "graph.zip"
+    shutil.copytree(workdir, run)
+    extract.extract(str(run), str(crops / "crops.csv"), str(tmp_path / "features.npz"))
+    assert calibrate.main([f"--workdir={run}", f"--features={tmp_path / 'features.npz'}"]) == 0
+    for arguments, told in ([], True), (["--camera=gate"], False):
+        capsys.readouterr()
+        assert export.main([f"--workdir={run}", "--format=stablehlo", f"--output={output}", *arguments]) == 0
+        assert ("calibration.json is left out: it is of features by each camera's" in capsys.readouterr().out) == told
+        with zipfile.ZipFile(output) as archive:
+            assert ("calibration" in json.loads(archive.read("metadata.json"))) != told
+
+
+def test_a_camera_of_bad_images_alone_is_left_out_and_they_are_told_once(crops, tiny_run, tmp_path, capsys):
+    folder = tmp_path / "crops"
+    shutil.copytree(crops, folder)
+    (folder / "bad.png").write_text("no picture")
+    with (folder / "crops.csv").open("a") as file:
+        file.write("\nbad.png,1,attic\n")
+    output = tmp_path / "run"
+    status, told, error = run_adapt(capsys, "--workdir", tiny_run, "--images", folder / "crops.csv", "--output", output,
+                                    "--by_camera", "--keep_going")
+    assert status == 0, error
+    assert error.count("bad.png") == 1 and "camera attic is left out: none of its images can be read" in error
+    assert load_run(output).cameras.cameras == ("gate", "hall") and "attic" not in told

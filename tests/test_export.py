@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from jlml_jax import augment, evaluate, export, onnx_graph
+from jlml_jax import augment, evaluate, export, load_extractor, onnx_graph
 from jlml_jax.checkpoints import Checkpoints, claim_workdir, load_run
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError
@@ -49,7 +49,9 @@ def shallow_config(tiny_config):
 @pytest.fixture
 def run(tmp_path, shallow_config):
     write_run(tmp_path / "run", shallow_config)
-    (tmp_path / "run" / "calibration.json").write_text('{"thresholds": {"1e-3": 0.5}}')
+    fingerprint = load_extractor(tmp_path / "run").fingerprint
+    (tmp_path / "run" / "calibration.json").write_text(json.dumps(
+        {"fingerprint": fingerprint, "thresholds": [{"rate": 1e-3, "threshold": 0.5}]}))
     return tmp_path / "run"
 
 
@@ -109,7 +111,7 @@ json.dump(about, open("about.json", "w"))
                                    {"dataset": "imagenet2012", "fingerprint": "4567"}]
     assert about["step"] == 12
     assert about["config"]["model"]["num_strips"] == 2
-    assert about["calibration"] == {"thresholds": {"1e-3": 0.5}}
+    assert about["calibration"]["thresholds"] == [{"rate": 1e-3, "threshold": 0.5}]
     assert {"jax", "onnx", "onnxruntime"} <= set(about["provenance"]["versions"])
 
 
@@ -268,7 +270,10 @@ def test_flags_that_cannot_be_followed(refused, tmp_path):
 def test_runs_that_cannot_be_exported(refused, run, tmp_path, tiny_config, monkeypatch):
     flags = "--format=onnx", f"--output={tmp_path}/x"
     (run / "calibration.json").write_text("{")
-    assert "calibration.json does not read" in refused(f"--workdir={run}", *flags)
+    assert "calibration.json is damaged" in refused(f"--workdir={run}", *flags)
+    (run / "calibration.json").write_text('{"fingerprint": "0123456789abcdef", "thresholds": []}')
+    assert "is of another model (fingerprint 0123456789abcdef)" in refused(f"--workdir={run}", *flags)
+    (run / "calibration.json").unlink()
     claim_workdir(tmp_path / "new", tiny_config, load_run(run).label_map).close()
     assert "has no checkpoint yet" in refused(f"--workdir={tmp_path / 'new'}", *flags)
     saved = load_run(run)

@@ -228,3 +228,11 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit) as stop:
         extract.main(["--help"])
     assert stop.value.code == 0 and "python -m jlml_jax.extract --workdir=runs/market1501" in capsys.readouterr().out
+
+
+def test_a_file_beside_the_output_is_left_alone(tmp_path):
+    """Two at once write to files of their own, and nobody's file has such a name."""
+    table = features_file.FeaturesFile(np.zeros((1, 2), np.float32), *[np.array(["a"])] * 3, None, "/", "f" * 16)
+    (tmp_path / "f.npz.part").write_text("mine")
+    features_file.write(tmp_path / "f.npz", table)
+    assert (tmp_path / "f.npz.part").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2

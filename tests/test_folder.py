@@ -15,7 +15,8 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 from test_prepare import WITHOUT_TENSORFLOW
 
-from jlml_jax import datasets, input_pipeline, prepare
+from configs import default
+from jlml_jax import datasets, input_pipeline, prepare, protocols
 from jlml_jax.datasets import folder
 from jlml_jax.datasets.base import decode_image
 from jlml_jax.datasets.folder import Folder
@@ -289,11 +290,14 @@ def test_notes_on_given_splits(write):
     _, _, notes = inspect(write(*lines))
     assert notes == (
         "2 of 2 queries have no image of their identity from another camera in the gallery: a.png, c.png",
-        "all people are seen by camera 1 alone, but a match must come from another camera than the query's: "
-        "good for training alone")
+        "nobody is seen by two cameras, but a match must come from another camera than the query's: good for training "
+        "alone")
     _, _, notes = inspect(write(*lines, "d.png,2,2,gallery"))
     assert notes == ("1 of 2 queries have no image of their identity from another camera in the gallery: a.png",)
     assert inspect(write(*lines[2:], "d.png,2,2,gallery"))[2] == ()
+    _, _, notes = inspect(write("a.png,1,1,train", "b.png,1,2,train", "c.png,2,1,gallery", "d.png,2,2,gallery"))
+    assert notes == ("there are no queries, so that the people of the gallery are not searched for: good for training "
+                     "alone",)
 
 
 # --- splits that are drawn
@@ -361,12 +365,33 @@ def test_identities_of_one_camera_are_gallery_alone(write):
     assert notes[-1].startswith(f"{len(alone)} of the 4 test identities are seen by one camera alone: they are in the")
 
 
-def test_one_camera_is_for_training(write, prepared):
-    path = write("a.png,1,1", "b.png,1,1", "c.png,2,1", "d.png,distractor,2", header="image,identity,camera")
+@pytest.mark.parametrize("second", [1, 2])
+def test_nobody_of_two_cameras_is_for_training(write, prepared, tmp_path, second):
+    path = write("a.png,1,1", "b.png,1,1", f"c.png,2,{second}", "d.png,distractor,2", header="image,identity,camera")
     splits = prepared(path)
     assert [*splits] == ["train", "gallery"]
     assert splits["train"].names.tolist() == ["a.png", "b.png", "c.png"]
-    assert "all people are seen by camera 1 alone, but a match must come from another camera" in prepared.out
+    assert splits["gallery"].names.tolist() == ["d.png"]
+    assert "no test is drawn, as it would have no queries: 2 identities, all for training" in prepared.out
+    assert "nobody is seen by two cameras, but a match must come from another camera" in prepared.out
+    # What prepare calls good for training can be trained on.
+    config = default.get_config()
+    config.data.data_dir = str(tmp_path / "data")
+    trial = protocols.load("folder/shop", config.data).trial(0)
+    assert (len(trial.train), trial.query, trial.gallery) == (3, None, None)
+
+
+def test_a_test_without_queries_is_not_drawn(write):
+    """Of six people one is seen by two cameras, whom the draw may make train."""
+    tested = 0
+    for pair in range(6):
+        splits, _, notes = drawn(write, {identity: {1: 1, 2: 1} if identity == pair else {1 + identity % 2: 2}
+                                         for identity in range(6)})
+        assert sum(map(len, splits.values())) == 12
+        told = any("no test is drawn" in note for note in notes)
+        assert ("query" in splits) == ("gallery" in splits) == (not told)
+        tested += not told
+    assert 0 < tested < 6
 
 
 def test_nobody_is_drawn_into_the_gallery(write):

@@ -239,3 +239,23 @@ def test_a_memory_map_is_searched_where_it_lies(tmp_path):
     assert len(chunks) == 5
     start = mapped.ctypes.data
     assert [chunk.unsafe_buffer_pointer() - start for chunk in chunks] == [i * (4 << 20) for i in range(5)]
+
+
+def test_what_another_process_adds_meanwhile_is_not_there_yet(tmp_path):
+    opened = filled(tmp_path)
+    other = Gallery(tmp_path)
+    with other.writing():
+        other.add(entries(5, 4, camera="2"), features(5, 4))
+    assert opened.cameras.tolist() == ["1", "1", "1", "", ""] and len(opened) == 5
+    assert len(other.cameras) == len(Gallery(tmp_path)) == 9
+
+
+def test_features_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+    filled(tmp_path).close()
+
+    def memmap(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "memmap", memmap)
+    with pytest.raises(UserError, match=r"cannot read .*features.f32 \(Permission denied\)"):
+        Gallery(tmp_path)

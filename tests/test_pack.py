@@ -193,7 +193,7 @@ def test_a_damaged_file(packed, tmp_path, capsys, damage):
     contents = {"truncated": content[:len(content) // 2], "flipped": content, "no archive": b"?" * 99}
     if damage in contents:
         file.write_bytes(contents[damage])
-    told = "there is no file" if damage == "missing" else "damaged or no packed run"
+    told = "No such file or directory" if damage == "missing" else "damaged or no packed run"
     assert told in error_of(capsys, unpack, f"--workdir={tmp_path / 'run'}", f"--file={file}")
     assert not (tmp_path / "run").exists() and len(list(tmp_path.iterdir())) == (damage != "missing")
 
@@ -218,3 +218,28 @@ def test_the_run_that_comes_along(tmp_path):
         for person in range(1, 41)])) for camera in (1, 2))
     distances = l2_distances(queries, gallery)
     assert (distances < np.diag(distances)[:, None]).sum(1).mean() < 12  # by chance 19.5, with a deviation of 1.8
+
+
+def test_a_folder_that_cannot_be_made_is_told(packed, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        assert "give another --workdir" in error_of(capsys, unpack, f"--workdir={workdir}", f"--file={packed}")
+    assert "Is a directory" in error_of(capsys, unpack, f"--workdir={tmp_path / 'run'}", f"--file={tmp_path}")
+    written = unpack.write_checkpoint
+
+    def meanwhile(*arguments):
+        written(*arguments)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "another's").touch()
+
+    monkeypatch.setattr(unpack, "write_checkpoint", meanwhile)
+    assert "cannot make" in error_of(capsys, unpack, f"--workdir={tmp_path / 'run'}", f"--file={packed}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+def test_home_may_be_written_as_shells_leave_it(packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    unpack.unpack("~/runs/theirs", packed)
+    assert load_run("~/runs/theirs").workdir == tmp_path / "runs" / "theirs"
+    assert not (tmp_path / "~").exists()

@@ -246,6 +246,7 @@ def test_thresholds_are_marked_and_stale_ones_refused(shop, page, tmp_path, caps
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     written = report.write_report(tmp_path / "run", queries=5).read_text()
     assert "thresholds are of features by other statistics" in written and "0.7500" not in written
+    assert "statistics by camera" not in written
     content = json.loads((workdir / "calibration.json").read_text()) | {"fingerprint": "0" * 16}
     (tmp_path / "run" / "calibration.json").write_text(json.dumps(content))
     assert "run python -m jlml_jax.calibrate" in refusal(capsys, f"--workdir={tmp_path / 'run'}")

@@ -154,6 +154,7 @@ def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path):
     (["--gallery=CROPS", "--query=CROPS"], "is not one image"),
     (["--gallery=CROPS", "--query=QUERY", "--top_k=0"], "--top_k=0 must be at least 1"),
     (["--gallery=CROPS", "--index=CROPS"], "has files in it but is no gallery"),
+    (["--gallery=CROPS", "--query=QUERY", "--picture=found.psd"], "cannot write found.psd"),
 ])
 def test_what_the_user_can_mend(run, crops, arguments, message):
     query = str(crops / names([0])[0])

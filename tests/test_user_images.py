@@ -1,5 +1,7 @@
 import io
+import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +33,37 @@ def test_a_folder_is_searched_to_the_bottom_and_sorted(tmp_path):
     assert [image.file for image in listing.images] == ["a/y.webp", "a/z.JPG", "b.png"]
     assert "1 files" in listing.notes[0] and "notes.txt" in listing.notes[0]
     assert [image.file for image in list_images(str(tmp_path / "**" / "*.png")).images] == [str(tmp_path / "b.png")]
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    root = tmp_path / "crops"
+    for name in ("crops/b/y.png", "elsewhere/x.png", "elsewhere/deep/w.png"):
+        write_image(tmp_path / name)
+    (root / "a").symlink_to(root / "b")  # leads to what is there under its own name
+    (root / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(root)
+    (root / "nowhere").symlink_to(tmp_path / "gone")
+    assert [image.file for image in list_images(str(root)).images] == ["b/y.png", "c/deep/w.png", "c/x.png"]
+
+
+def test_folders_whose_names_are_no_text_are_refused(tmp_path):
+    write_image(tmp_path / "x.png")
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    (tmp_path / "x.png").rename(folder / "x.png")
+    for source in (folder, folder / "x.png"):
+        with pytest.raises(UserError, match="1 images in .* have names, or folders, that are not valid UTF-8"):
+            list_images(str(source))
+
+
+def test_paths_that_lead_nowhere_are_told(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "list.csv").write_text("image\nloop\n")
+    image, = list_images(str(tmp_path / "list.csv")).images
+    with pytest.raises(UserError, match=r"loop \(line 2\) cannot be read"):
+        load_one(image, 8, 8)
+    with pytest.raises(UserError, match="~nobody_of_that_name/x does not exist"):
+        list_images("~nobody_of_that_name/x")
 
 
 @pytest.mark.parametrize(("names", "expected"), [

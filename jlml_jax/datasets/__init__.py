@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,30 @@ def metadata(name: str, data_dir: str | None = None) -> dict[str, Any]:
     to 64x128; train has 12,000 images instead of 12,936".
     """
     return dict(_prepared(name, data_dir).info.metadata or {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What people and cameras of a data set are called: in one of the user's own as they did, else by number."""
+
+    identities: Sequence[str] = ()
+    cameras: Sequence[str] = ()
+
+    def identity(self, number: int) -> str:
+        if number == DISTRACTOR:
+            return "distractor"
+        return self.identities[number - 1] if self.identities else str(number)
+
+    def camera(self, number: int) -> str:
+        return self.cameras[number - 1] if self.cameras else str(number)
+
+
+def names(name: str, data_dir: str | None = None) -> Names:
+    """Those of a prepared data set."""
+    if not name.startswith("folder/"):
+        return Names()
+    found = metadata(name, data_dir)
+    return Names(found["identities"], found["cameras"])
 
 
 def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:

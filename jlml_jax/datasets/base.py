@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import os
 import re
 import tempfile
 import warnings
@@ -129,6 +130,11 @@ def refuse_address(what: str, path: str | Path | None) -> None:
     if re.match("[a-z][a-z0-9]*:/", str(path or "")):
         raise UserError(f"{what}={path} is an address, not a folder: give one on a file system, such as a disk or a "
                         "share that is mounted here")
+
+
+def user_path(path: str | Path) -> Path:
+    """The path that a user has given, with ~ for their home: a shell leaves it as it is in --workdir=~/runs."""
+    return Path(os.path.expanduser(path))  # which leaves the ~ of an unknown user, where pathlib's raises
 
 
 @dataclasses.dataclass(frozen=True)

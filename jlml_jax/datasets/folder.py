@@ -93,16 +93,16 @@ class Folder(BenchmarkBuilder):
         rows, unexpected, notes = _list_folder(source) if source.is_dir() else _read_csv(source)
         identities = _in_order({row.identity for row in rows} - set(NOBODY), source, "identities")
         cameras = _in_order({row.camera for row in rows}, source, "cameras")
-        if any(row.split for row in rows):
+        if given := any(row.split for row in rows):
             splits = {split: [row for row in rows if row.split == split] for split in SPLITS}
             _check_splits(splits, source)
         else:
             splits, told = _draw_splits(rows, identities)
             notes += told
         notes += _notes_on_queries(splits)
-        if len(seen_by := {row.camera for row in rows if row.identity not in NOBODY}) == 1:
-            notes.append(f"all people are seen by camera {seen_by.pop()} alone, but a match must come from another "
-                         "camera than the query's: good for training alone")
+        if (splits["query"] or not given) and not _seen_by_several(rows):
+            notes.append("nobody is seen by two cameras, but a match must come from another camera than the query's: "
+                         "good for training alone")
         numbers = NOBODY | {name: number for number, name in enumerate(identities, 1)}
         camera_numbers = {name: number for number, name in enumerate(cameras, 1)}
         crops = {split: [Crop(row.name, numbers[row.identity], camera_numbers[row.camera], row.name,
@@ -239,10 +239,11 @@ def _check_splits(splits: Mapping[str, Sequence[_Row]], source: Path) -> None:
             "the result would mean nothing: give each to training or to the test")
 
 
-def _draw_splits(rows: Iterable[_Row], identities: Sequence[str]) -> tuple[dict[str, list[_Row]], list[str]]:
+def _draw_splits(rows: Sequence[_Row], identities: Sequence[str]) -> tuple[dict[str, list[_Row]], list[str]]:
     """Half of the people train; of each of the others an image a camera is a query if the gallery keeps a true match.
 
-    The draw depends on the annotation alone, not on the order of `rows`. Returns the splits, and notes.
+    Where that leaves no queries, all people train, and there is no test. The draw depends on the annotation alone, not
+    on the order of `rows`. Returns the splits, and notes.
     """
     images: dict[str, dict[str, list[_Row]]] = defaultdict(lambda: defaultdict(list))  # of identity, of camera
     for row in sorted(rows, key=lambda row: row.name):
@@ -253,8 +254,7 @@ def _draw_splits(rows: Iterable[_Row], identities: Sequence[str]) -> tuple[dict[
 
     rng = np.random.default_rng(SEED)
     order = rng.permutation(len(identities))
-    testable = len({camera for identity in identities for camera in images[identity]}) > 1
-    num_train = len(order) - len(order) // 2 if testable else len(order)
+    num_train = len(order) - len(order) // 2
     alone = 0
     for rank, index in enumerate(order):
         of_camera = images[identities[index]]
@@ -271,6 +271,10 @@ def _draw_splits(rows: Iterable[_Row], identities: Sequence[str]) -> tuple[dict[
             splits["query" if row in queries else "gallery"].append(row)
 
     num_test = len(order) - num_train
+    if identities and not splits["query"]:
+        splits["train"] = [row for row in rows if row.identity not in NOBODY]
+        splits["gallery"] = [row for row in rows if row.identity in NOBODY]
+        return splits, [f"no test is drawn, as it would have no queries: {len(order):,} identities, all for training"]
     notes = [f"splits are drawn: {num_train:,} of {len(order):,} identities for training, {num_test:,} for the test"]
     if alone:
         notes.append(f"{alone:,} of the {num_test:,} test identities are seen by one camera alone: they are in the "
@@ -278,7 +282,15 @@ def _draw_splits(rows: Iterable[_Row], identities: Sequence[str]) -> tuple[dict[
     return splits, notes
 
 
+def _seen_by_several(rows: Iterable[_Row]) -> bool:
+    """Whether anybody is seen by more than one camera."""
+    pairs = {(row.identity, row.camera) for row in rows if row.identity not in NOBODY}
+    return len(pairs) > len({identity for identity, _ in pairs})
+
+
 def _notes_on_queries(splits: Mapping[str, Sequence[_Row]]) -> list[str]:
+    if splits["train"] and not splits["query"] and {row.identity for row in splits["gallery"]} - set(NOBODY):
+        return ["there are no queries, so that the people of the gallery are not searched for: good for training alone"]
     cameras = defaultdict(set)
     for row in splits["gallery"]:
         cameras[row.identity].add(row.camera)
