@@ -17,7 +17,7 @@ from jlml_jax.errors import UserError, exit_status
 from jlml_jax.models import build_model
 from jlml_jax.new_run import new_folder, write_checkpoint
 from jlml_jax.pack import CONFIG, LABEL_MAP
-from jlml_jax.user_images import UserImage, list_images, printable, read_batches
+from jlml_jax.user_images import NothingRead, UserImage, list_images, printable, read_batches
 
 FEWEST_IMAGES = 16  # statistics of less would be those of single pictures
 
@@ -62,10 +62,11 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
             of_cameras = {}
             for camera in cameras:
                 of_camera = [image for image in listing.images if image.camera == camera and image not in measure.bad]
-                if not of_camera:
+                try:
+                    own, count = measure(of_camera)
+                except NothingRead:
                     print(f"camera {printable(camera)} is left out: none of its images can be read", file=sys.stderr)
                     continue
-                own, count = measure(of_camera)
                 of_cameras[camera] = norm_statistics.of_camera(own, count, batch_stats)
                 told += f", {count:,} of camera {printable(camera)}"
             (part / camera_statistics.FILE).write_bytes(

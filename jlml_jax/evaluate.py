@@ -209,10 +209,8 @@ def evaluate_trials(trials: Iterable[Trial], extract: Callable[[Split], Features
             further = matching_features(extract(trial.multi_query), evaluate.normalize)
             pooled = {name: pool_queries(trial, query[name][:], further[name][:], evaluate.multi_query)
                       for name in query}
-            of_several = _rank(trial, trial.protocol.replace("single-query", "multi-query"), pooled, gallery, evaluate,
-                               products)
-            rows += [row | ({} if evaluate.multi_query == "mean" else {"pooling": evaluate.multi_query})
-                     for row in of_several]
+            rows += _rank(trial, trial.protocol.replace("single-query", "multi-query"), pooled, gallery, evaluate,
+                          products)
     return rows + (mean_rows(rows) if len(trials) > 1 else [])
 
 
@@ -230,8 +228,6 @@ def _rank(trial: Trial, protocol: str, query: Features, gallery: Features, evalu
                 reranked.distances, *labels_of(trial), max_rank=max_rank)).items()}
         if evaluate.norm_statistics != "run":
             row["norm_statistics"] = evaluate.norm_statistics
-        if evaluate.flip_average:
-            row["flip_average"] = True
         rows.append(row)
     return rows
 
@@ -326,8 +322,7 @@ def _note(trial: Trial) -> dict[str, str]:
     return {"incomplete": trial.incomplete} if trial.incomplete else {}
 
 
-_NOT_AVERAGED = ("dataset", "protocol", "feature", "normalize", "norm_statistics", "flip_average", "pooling",
-                 "incomplete", "trained_on")
+_NOT_AVERAGED = ("dataset", "protocol", "feature", "normalize", "norm_statistics", "incomplete", "trained_on")
 
 
 def mean_rows(rows: Sequence[dict[str, Any]], over: str = "trial") -> list[dict[str, Any]]:

@@ -19,10 +19,10 @@ from jlml_jax.train_step import init_state
 @contextlib.contextmanager
 def new_folder(workdir: Path, option: str) -> Iterator[Path]:
     """A folder to fill, which is there as `workdir`, the value of `option`, once it is filled, and else not at all."""
-    part = workdir.with_name(f"{workdir.name}.{secrets.token_hex(4)}.part")
     with _told_of(workdir, option):
         if workdir.exists():
             raise UserError(f"{workdir} is there already; give another {option}")
+        part = workdir.with_name(f"{workdir.name}.{secrets.token_hex(4)}.part")
         part.mkdir(parents=True)
     try:
         with storage_errors_told(workdir.parent):

@@ -376,7 +376,7 @@ def _checked(trial: Trial) -> Trial:
             raise UserError(f"the {part} split of {trial.dataset} is empty; {advice}")
         if part != "gallery" and split.identities.min() <= DISTRACTOR:
             raise UserError(f"the {part} split of {trial.dataset} has junk or distractors in it; {advice}")
-    if "query" not in parts and "train" in parts:  # a gallery of distractors, or none: good for training alone
+    if "query" not in parts and "train" in parts:  # good for training alone, as prepare has said
         return dataclasses.replace(trial, gallery=None)
     if "query" in parts and "gallery" not in parts or "gallery" in parts and "query" not in parts:
         raise UserError(f"{trial.dataset} has {'no gallery' if 'query' in parts else 'a gallery but no queries'}; "

@@ -47,6 +47,7 @@ from jlml_jax.checkpoints import (
     latest_step,
     load_label_map,
     load_run,
+    read_description,
     refuse_other_network,
     set_aside_damaged,
     trial_folder,
@@ -54,7 +55,7 @@ from jlml_jax.checkpoints import (
     write_atomically,
 )
 from jlml_jax.config_ranges import check_ranges
-from jlml_jax.datasets.base import Split, refuse_address, user_path
+from jlml_jax.datasets.base import Split, first_few, refuse_address, user_path
 from jlml_jax.errors import UserError, storage_errors_told
 from jlml_jax.kept_step import KeptStep
 from jlml_jax.logs import TrainingLog
@@ -199,7 +200,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     with storage_errors_told(workdir):
         rows = [row for run in runs for row in _go(run, mode)]
         if protocol.num_trials > 1 and mode != "train":
-            rows = _collect_trials(workdir, source)
+            rows = _collect_trials(workdir, config.evaluate, source)
     return rows
 
 
@@ -477,16 +478,30 @@ def _write_results(workdir: Path, rows: list[dict[str, Any]], source: dict[str, 
     parallel.together(lambda: write() if jax.process_index() == 0 else None)
 
 
-def _collect_trials(workdir: Path, source: dict[str, Any]) -> list[dict[str, Any]]:
-    """Writes the results of all trials evaluated so far, and their means, into the folder that they are in."""
-    trials = [json.loads(path.read_text()) for path in sorted(workdir.glob(f"trial-*/{RESULTS}"))]
-    rows = [row for trial in trials for row in trial["rows"]]
-    others = [row for row in rows if "trained_trial" in row]
-    means = evaluate.mean_rows([row for row in rows if "trained_on" not in row])
+# Of config.evaluate: what changes features or queries, and is not in the rows.
+_NOT_IN_ROWS = ("flip_average", "multi_query")
+
+
+def _collect_trials(workdir: Path, settings: ml_collections.ConfigDict, source: dict[str, Any]
+                    ) -> list[dict[str, Any]]:
+    """Writes the results of all trials evaluated so far, and their means, into the folder that they are in.
+
+    The means are over the trials that were evaluated by these settings, a `config.evaluate`.
+    """
+    trials = {path.parent: json.loads(path.read_text()) for path in sorted(workdir.glob(f"trial-*/{RESULTS}"))}
+    rows = [row for trial in trials.values() for row in trial["rows"]]
+    unlike = [folder for folder in trials if any(
+        read_description(folder)[0].evaluate[name] != settings[name] for name in _NOT_IN_ROWS)]
+    if unlike:
+        print(f"evaluated by another {' or '.join(_NOT_IN_ROWS)} and not in the means: "
+              f"{first_few([folder.name for folder in unlike])}; --mode=evaluate evaluates them again", flush=True)
+    alike = [row for folder, trial in trials.items() if folder not in unlike for row in trial["rows"]]
+    others = [row for row in alike if "trained_trial" in row]
+    means = evaluate.mean_rows([row for row in alike if "trained_on" not in row])
     means += evaluate.mean_rows(evaluate.without_averaged(others), over="trained_trial")
     if means:
         print(evaluate.format_rows(means), flush=True)
-    of_trials = [trial["provenance"] for trial in trials]
+    of_trials = [trial["provenance"] for trial in trials.values()]
     command, source = source, source | {name: of_trials[0][name] for name in ("seed", "steps")} | {
         "train_fingerprint": [one["train_fingerprint"] for one in of_trials],
         "wall_time_seconds": round(sum(one["wall_time_seconds"] for one in of_trials), 1)}

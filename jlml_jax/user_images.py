@@ -31,6 +31,10 @@ _AHEAD = 256  # images read before they are asked for: enough for the device nev
 Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the upright frame
 
 
+class NothingRead(UserError):
+    """All images are bad."""
+
+
 @dataclasses.dataclass(frozen=True)
 class UserImage:
     """One image, or one box of a full frame, not yet read."""
@@ -236,7 +240,8 @@ def read_batches(images: Sequence[UserImage], height: int, width: int, batch_siz
     images are left out and told on stderr at the end.
 
     Raises:
-        UserError: images are bad, and it is not to keep going, or there are no others.
+        UserError: images are bad, and it is not to keep going.
+        NothingRead: there are no others.
     """
     errors, read, seen, good, last = [], [], [], 0, len(images)
     progress = tqdm(load_images(images, height, width, known), what, len(images), unit=" images", leave=False,
@@ -266,7 +271,7 @@ def read_batches(images: Sequence[UserImage], height: int, width: int, batch_siz
     if errors:
         print(f"{len(errors)} of {len(images):,} images were skipped", file=sys.stderr)
     if not good:
-        raise UserError(f"no image can be read: {first_few(errors, '; ')}; give others")
+        raise NothingRead(f"no image can be read: {first_few(errors, '; ')}; give others")
 
 
 def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes]) -> list[LoadedImage]:

@@ -266,6 +266,21 @@ def test_trials_are_added_and_resumed_one_by_one(link, tmp_path, capsys):
         load_run(tmp_path / "run")
 
 
+def test_means_are_of_trials_evaluated_alike(link, tmp_path, capsys):
+    config = link("viper", **{"data.trials": "0", "evaluate.flip_average": True})
+    train_and_evaluate(config, tmp_path / "run")
+    config.data.trials, config.evaluate.flip_average = "1-2", False
+    rows = train_and_evaluate(config, tmp_path / "run")
+    assert {tuple(row["trials"]) for row in rows if row["trial"] == "mean"} == {(1, 2)}
+    assert "evaluated by another flip_average or multi_query and not in the means: trial-00" in capsys.readouterr().out
+    config.data.trials = "0"
+    rows = train_and_evaluate(config, tmp_path / "run", "evaluate")
+    assert {tuple(row["trials"]) for row in rows if row["trial"] == "mean"} == {(0, 1, 2)}
+    config.evaluate.reranking = True  # in columns of its own: the means are of those that all have
+    assert not any("reranked_rank1" in row for row in train_and_evaluate(config, tmp_path / "run", "evaluate")
+                   if row["trial"] == "mean")
+
+
 def test_the_results_of_trials_tell_who_trained_each(link, tmp_path, monkeypatch):
     def provenance_by(command, trials, mode="train_and_evaluate"):
         monkeypatch.setattr(sys, "argv", ["-", command])

@@ -289,7 +289,7 @@ def test_re_ranking_has_columns_of_its_own(trial):
     assert evaluate.evaluate_trials([drawn], extract, config)[0].keys() == FIELDS
 
 
-def test_means_are_of_what_all_trials_have_and_of_trials_evaluated_alike(trial):
+def test_means_are_of_what_all_trials_have(trial):
     def extract(split):
         return {"global": np.random.default_rng(len(split)).normal(size=(len(split), 12))}
 
@@ -301,16 +301,6 @@ def test_means_are_of_what_all_trials_have_and_of_trials_evaluated_alike(trial):
     mean, = evaluate.mean_rows(rows_of(0, reranking=True) + rows_of(1))
     assert mean["trials"] == [0, 1] and "rank1_std" in mean
     assert not [field for field in mean if field.startswith("reranked")]
-    assert evaluate.mean_rows(rows_of(0, flip_average=True) + rows_of(1)) == []
-    mean, = evaluate.mean_rows(rows_of(0, flip_average=True) + rows_of(1, flip_average=True))
-    assert mean["flip_average"]
-    several = dataclasses.replace(trial, multi_query=trial.gallery)
-    pooled = evaluate.evaluate_trials([several], extract, default.get_config().evaluate)
-    assert [row["protocol"] for row in pooled] == ["single-query", "multi-query"] and "pooling" not in pooled[1]
-    config = default.get_config().evaluate
-    config.multi_query = "max"
-    other = evaluate.evaluate_trials([dataclasses.replace(several, number=1)], extract, config)
-    assert [row["protocol"] for row in evaluate.mean_rows(pooled + other)] == ["single-query"]
 
 
 def test_a_table_has_the_columns_that_any_of_its_rows_has(trial):

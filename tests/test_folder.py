@@ -373,6 +373,11 @@ def test_nobody_of_two_cameras_is_for_training(write, prepared, tmp_path, second
     assert splits["train"].names.tolist() == ["a.png", "b.png", "c.png"]
     assert splits["gallery"].names.tolist() == ["d.png"]
     assert "no test is drawn, as it would have no queries: 2 identities, all for training" in prepared.out
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([header, *lines[::-1]]))
+    assert prepared(path)["train"].fingerprint() == splits["train"].fingerprint()
+    assert datasets.names("folder/shop", tmp_path / "data").camera(-1) == "another"
+    assert datasets.names("folder/shop+viper", tmp_path / "data") == datasets.Names()
     assert "nobody is seen by two cameras, but a match must come from another camera" in prepared.out
     # What prepare calls good for training can be trained on.
     config = default.get_config()

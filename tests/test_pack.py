@@ -222,7 +222,7 @@ def test_the_run_that_comes_along(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_told(packed, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
-    for workdir in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+    for workdir in (tmp_path / "file" / "run", tmp_path / ("x" * 300), "/", "."):
         assert "give another --workdir" in error_of(capsys, unpack, f"--workdir={workdir}", f"--file={packed}")
     assert "Is a directory" in error_of(capsys, unpack, f"--workdir={tmp_path / 'run'}", f"--file={tmp_path}")
     written = unpack.write_checkpoint

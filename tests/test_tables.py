@@ -281,6 +281,12 @@ def test_groups_of_the_feature_layers():
 
 # --- What is there is reused; what is not does not spoil the rest
 
+def test_home_may_be_written_as_shells_leave_it(copied, arguments, no_training, monkeypatch):
+    monkeypatch.setenv("HOME", str(copied.parent))
+    assert run("--table=12", f"--workdir=~/{copied.name}", *arguments) == 0
+    assert not no_training
+
+
 def test_the_full_run_serves_the_other_tables(copied, arguments, no_training):
     assert run("--table=6", f"--workdir={copied}", *arguments) == 0
     assert not no_training

@@ -38,6 +38,7 @@ from experiments.tables.plan import ROWS, TABLES, Run, check_config, find_table,
 from experiments.tables.report import Report, outcomes
 from jlml_jax import parallel
 from jlml_jax.checkpoints import RESULTS, write_atomically
+from jlml_jax.datasets.base import user_path
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.train import train_and_evaluate
 
@@ -92,7 +93,7 @@ def _command(argv: list[str]) -> None:
     if options.only is not None and options.only not in table.rows():
         known = f"its rows are {', '.join(table.rows())}" if table.rows() else "it has nothing to train"
         raise UserError(f"--only={options.only} is not a row of table {table.name}; {known}")
-    folder = Path(options.workdir) / options.dataset.replace("/", "_")
+    folder = user_path(options.workdir) / options.dataset.replace("/", "_")
     runs = plan_runs(table, config, folder, seeds)
     chosen = [run for run in runs if options.only in (None, run.row)]
     if options.dry_run:

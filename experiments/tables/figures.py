@@ -14,7 +14,7 @@ from experiments.tables.plan import BENCHMARKS, Run, read_metrics
 from experiments.tables.report import Figure, Report
 from jlml_jax import evaluate, norm_statistics, parallel, protocols
 from jlml_jax.checkpoints import RESULTS, load_run, trial_folders
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.base import Split, user_path
 from jlml_jax.errors import UserError
 from jlml_jax.evaluate import REPORTED_RANKS
 from jlml_jax.models import build_model, init_variables
@@ -155,7 +155,7 @@ def _before_and_after(runs: Sequence[Run]) -> Iterator[tuple[int, str, list[Grou
         config = run.config
         trained = load_run(next(folder for folder in run.trials() if (folder / RESULTS).exists()))
         if config.init_from:
-            start = Path(config.init_from)
+            start = user_path(config.init_from)
             before = load_run(start / trained.workdir.name if trial_folders(start) else start).variables
         else:
             before = init_variables(build_model(config, 0), run.seed, config.data.height, config.data.width)

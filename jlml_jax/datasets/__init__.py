@@ -80,12 +80,14 @@ class Names:
         return self.identities[number - 1] if self.identities else str(number)
 
     def camera(self, number: int) -> str:
+        if number < 0:
+            return "another"  # extra distractors', as protocols has it
         return self.cameras[number - 1] if self.cameras else str(number)
 
 
 def names(name: str, data_dir: str | None = None) -> Names:
-    """Those of a prepared data set."""
-    if not name.startswith("folder/"):
+    """Those of a prepared data set, or of several joined by +, which go by number."""
+    if not name.startswith("folder/") or "+" in name:
         return Names()
     found = metadata(name, data_dir)
     return Names(found["identities"], found["cameras"])

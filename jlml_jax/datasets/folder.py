@@ -249,8 +249,8 @@ def _draw_splits(rows: Sequence[_Row], identities: Sequence[str]) -> tuple[dict[
     for row in sorted(rows, key=lambda row: row.name):
         images[row.identity][row.camera].append(row)
     splits: dict[str, list[_Row]] = {split: [] for split in SPLITS}
-    for word in NOBODY:
-        splits["gallery"] += itertools.chain(*images[word].values())
+    nobody = [row for word in NOBODY for row in itertools.chain(*images[word].values())]
+    splits["gallery"] += nobody
 
     rng = np.random.default_rng(SEED)
     order = rng.permutation(len(identities))
@@ -272,9 +272,9 @@ def _draw_splits(rows: Sequence[_Row], identities: Sequence[str]) -> tuple[dict[
 
     num_test = len(order) - num_train
     if identities and not splits["query"]:
-        splits["train"] = [row for row in rows if row.identity not in NOBODY]
-        splits["gallery"] = [row for row in rows if row.identity in NOBODY]
-        return splits, [f"no test is drawn, as it would have no queries: {len(order):,} identities, all for training"]
+        people = [row for index in order for row in itertools.chain(*images[identities[index]].values())]
+        return {"train": people, "query": [], "gallery": nobody}, [
+            f"no test is drawn, as it would have no queries: {len(order):,} identities, all for training"]
     notes = [f"splits are drawn: {num_train:,} of {len(order):,} identities for training, {num_test:,} for the test"]
     if alone:
         notes.append(f"{alone:,} of the {num_test:,} test identities are seen by one camera alone: they are in the "
