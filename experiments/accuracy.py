@@ -7,7 +7,6 @@ from all that lie there. Without RUN the page alone is written again.
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.tables import published
-from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done, without_paths
+from experiments.tables.plan import BENCHMARKS, read_metrics, steps_done, training_seconds, without_paths
 from experiments.tables.report import markdown_table
 from jlml_jax.checkpoints import RESULTS, with_defaults, write_atomically
 from jlml_jax.errors import UserError, exit_status
@@ -69,29 +68,12 @@ def make_record(folder: Path) -> dict[str, Any]:
         "steps": total, "batch_size": fields["train.batch_size"],
         "size": [fields["data.height"], fields["data.width"]],
         "images_per_second": statistics.median_high(rates) if rates else None,
-        "training_seconds": round(_training_seconds(parts, fields["train.batch_size"])),
+        "training_seconds": round(training_seconds(parts, fields["train.batch_size"])),
         "last_metrics": {name: value for name, value in lines[-1].items()
                          if name not in ("images_per_second", "seconds")} if lines else {},
         "rows": results["rows"] if finished else [],
         "provenance": without_paths(results["provenance"]) if finished else {},
     }
-
-
-def _training_seconds(parts: Sequence[Path], batch_size: int) -> float:
-    """Of all steps, by the rates they were logged with, whatever number of starts they took.
-
-    A step that was logged alone after a start has no rate, as its time is the compiler's: it takes that of others.
-    """
-    seconds = 0.0
-    for part in parts:
-        lines = read_metrics(part)
-        rates = [line["images_per_second"] for line in lines if line["images_per_second"]]
-        done = 0
-        for line in lines:
-            rate = line["images_per_second"] or statistics.median(rates or [math.inf])
-            seconds += (line["step"] - done) * batch_size / rate
-            done = line["step"]
-    return seconds
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:

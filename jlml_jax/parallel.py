@@ -127,6 +127,10 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             initialization_timeout=round(timeout) + 60,  # JAX's own end is an abort with a stack trace
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
     except ValueError as error:
+        if missing and {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
+            raise UserError("the pods of an indexed Job find each other by the package kubernetes, which is not "
+                            "installed: pip install -e '.[k8s]', and let their service account list pods; or give "
+                            "--coordinator, --num_processes and --process_id") from error
         if missing and "JAX_COORDINATOR_ADDRESS" not in os.environ:
             return  # no scheduler that JAX knows
         raise UserError(f"the processes cannot be joined: {error}") from error

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from fast_compilation import XLA_FLAGS
@@ -249,6 +250,20 @@ def test_flags_that_name_no_process_are_refused(arguments, message):
 ])
 def test_one_process_of_a_scheduler_is_no_job_of_several(environment, alone):
     assert parallel._scheduled_alone(environment) == alone
+
+
+def test_a_pod_that_cannot_find_the_others_does_not_train_alone(monkeypatch):
+    """Without the package kubernetes JAX knows of no scheduler."""
+    for name, value in {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}.items():
+        monkeypatch.setenv(name, value)
+    def initialize(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    enabled = jax.config.jax_enable_preemption_service
+    with pytest.raises(UserError, match=r"package kubernetes, .* pip install -e '.\[k8s\]'"):
+        parallel.initialize(None, None, None, timeout=60)
+    jax.config.update("jax_enable_preemption_service", enabled)
 
 
 @pytest.mark.parametrize(("environment", "ids"), [

@@ -5,8 +5,11 @@ Beside the paper's tables there are some of what it is silent about, the studies
 
 import dataclasses
 import json
+import math
 import re
 import shlex
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +223,7 @@ class Run:
             "wall_time_seconds": round(sum(source["wall_time_seconds"] for source in of_trials), 1),
             "train_fingerprint": [source["train_fingerprint"] for source in of_trials],
             "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
+            "training_seconds": round(training_seconds(self.trials(), self.config.train.batch_size)),
             "incomplete": next((row["incomplete"] for row in self.results() if "incomplete" in row), ""),
         }
 
@@ -247,6 +251,23 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def training_seconds(parts: Sequence[Path], batch_size: int) -> float:
+    """Of all steps, by the rates they were logged with, whatever number of starts they took.
+
+    A step that was logged alone after a start has no rate, as its time is the compiler's: it takes that of others.
+    """
+    seconds = 0.0
+    for part in parts:
+        lines = read_metrics(part)
+        rates = [line["images_per_second"] for line in lines if line["images_per_second"]]
+        done = 0
+        for line in lines:
+            rate = line["images_per_second"] or statistics.median(rates or [math.inf])
+            seconds += (line["step"] - done) * batch_size / rate
+            done = line["step"]
+    return seconds
 
 
 def steps_done(folder: Path) -> int:

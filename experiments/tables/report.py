@@ -187,14 +187,15 @@ class Report:
             body.append([
                 row, ", ".join(str(run.seed) for run in outcome.runs), str(first["steps"]),
                 " to ".join(dict.fromkeys(f"{rate:.0f}" for rate in (min(rates), max(rates)))) if rates else "",
-                f"{sum(source['wall_time_seconds'] for source in sources):.0f}", ", ".join(commits),
+                f"{sum(source['training_seconds'] for source in sources) / 60:.0f}", ", ".join(commits),
                 f"{hardware['devices']} {hardware['device_kind']}, {hardware['cpus']} cores, "
                 f"jax {first['versions']['jax']}",
                 first["incomplete"] or "complete", prints[0] + (", ..." if len(prints) > 1 else "")])
         if not body:
             return ""
         return "Runs:\n\n" + markdown_table(
-            ["row", "seeds", "steps", "images/s", "seconds", "commit", "hardware", "data", "training images"], body)
+            ["row", "seeds", "steps", "images/s", "minutes of training", "commit", "hardware", "data",
+             "training images"], body)
 
     # --- files for machines
 
