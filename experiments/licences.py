@@ -22,8 +22,8 @@ def licence(package: str) -> str:
 def main() -> None:
     packages = re.findall("^([^#=]+)==(.+)$", Path("constraints.txt").read_text(), re.MULTILINE)
     print("# Licences of the dependencies\n\nWritten by `python -m experiments.licences`: what each package of "
-          "constraints.txt says of itself. Those for the tests\nare among them; jlml_jax itself is Apache-2.0, the weights in it, learned from Market-1501, are "
-          "for research only.\n")
+          "constraints.txt says of itself. Those for the tests\nare among them; jlml_jax itself is Apache-2.0, the "
+          "weights in it, learned from Market-1501, are for research only.\n")
     print("| package | version | licence |\n|---|---|---|")
     for package, version in packages:
         print(f"| {package} | {version} | {licence(package)} |")
