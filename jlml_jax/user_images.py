@@ -78,12 +78,11 @@ def printable(text: str) -> str:
 def list_images(source: str) -> Listing:
     """Lists images: a folder's, searched to the bottom and sorted by path; a CSV's; a glob's, sorted; or one file.
 
-    In a folder, folders that are linked are searched too; files that by their suffix are no images are left out, and so
-    is what is hidden. A CSV has the columns
-    image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder and must stay in it, also where
-    symbolic links lead. Where all names of a folder or glob are like Market-1501's (0002_c1s1_000451_03.jpg), identity
-    and camera are read from them. As in the data sets `folder/NAME`, distractor and junk in the place of an identity
-    are nobody.
+    In a folder, linked folders are searched too; files that by their suffix are no images are left out, and so is what
+    is hidden. A CSV has the columns image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder
+    and must stay in it, also where symbolic links lead. Where all names of a folder or glob are like Market-1501's
+    (0002_c1s1_000451_03.jpg), identity and camera are read from them. As in the data sets `folder/NAME`, distractor and
+    junk in the place of an identity are nobody.
 
     Raises:
         UserError: there are none, or the CSV has rows that cannot be right.
