@@ -337,10 +337,10 @@ def mean_rows(rows: Sequence[dict[str, Any]], over: str = "trial") -> list[dict[
     for group in groups.values():
         if len(group) == 1:
             continue
-        mean = group[0] | {over: "mean", f"{over}s": [row[over] for row in group]}
-        common = set.intersection(*(set(row) for row in group))  # some may be re-ranked, and some not
-        mean = {field: value for field, value in mean.items() if field in common | {over, f"{over}s"}}
-        for score in [field for field in group[0] if field in common and field.removeprefix(RERANKED) in SCORES]:
+        common = set.intersection(*map(set, group))  # some may be re-ranked, and some not
+        mean = {field: value for field, value in group[0].items() if field in common}
+        mean |= {over: "mean", f"{over}s": [row[over] for row in group]}
+        for score in [field for field in mean if field.removeprefix(RERANKED) in SCORES]:
             values = [row[score] for row in group]
             mean |= {score: float(np.mean(values)), f"{score}_std": float(np.std(values, ddof=1))}
         for count in ("num_queries", "num_gallery"):

@@ -18,6 +18,13 @@ from jlml_jax.errors import UserError
 TIME_FIELDS = ("images_per_second", "seconds")
 
 
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, if it has one; the last is left out if a kill cut it short."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class TrainingLog:
     """Collects the metrics of every step and reports their means over the steps since the last report.
 

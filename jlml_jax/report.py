@@ -25,7 +25,7 @@ from jlml_jax.datasets.base import DISTRACTOR, Split, user_path
 from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
-from jlml_jax.logs import TIME_FIELDS
+from jlml_jax.logs import TIME_FIELDS, read_metrics
 from jlml_jax.models import build_model
 from jlml_jax.pictures import Curve
 from jlml_jax.protocols import Trial
@@ -126,12 +126,7 @@ def _read_results(workdir: Path) -> dict[str, Any] | None:
 
 
 def _read_history(workdir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; the last is left out if a kill cut it short."""
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return _parse(path, lambda: [json.loads(line) for line in path.read_text().splitlines(keepends=True)
-                                 if line.endswith("\n")])
+    return _parse(workdir / "metrics.jsonl", lambda: read_metrics(workdir))
 
 
 def _parse(path: Path, read: Any) -> Any:

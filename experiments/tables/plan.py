@@ -21,6 +21,7 @@ from jlml_jax.checkpoints import FREE_FIELDS, RESULTS, with_defaults
 from jlml_jax.datasets.base import first_few
 from jlml_jax.errors import UserError
 from jlml_jax.evaluate import NORMALIZE
+from jlml_jax.logs import read_metrics
 
 _STRIPS, _PENALTIES = (1, 2, 4, 8), (5e-6, 5e-5, 5e-4, 5e-3)
 _SIZES = ((64, 32), (96, 48), (128, 64), (160, 64), (256, 128), (224, 224))
@@ -244,13 +245,6 @@ def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
 
 _SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.norm_statistics", "evaluate.flip_average", "evaluate.multi_query",
                     "evaluate.extra_gallery")
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, which its results do without; the last is left out if a kill cut it short."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def training_seconds(parts: Sequence[Path], batch_size: int) -> float:
