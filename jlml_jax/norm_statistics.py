@@ -77,7 +77,7 @@ def full_batches(images: np.ndarray, batch_size: int) -> np.ndarray:
 def refuse_no_images(trial: Trial, config: ml_collections.ConfigDict) -> None:
     """A UserError if `trial` is to be tested by the statistics of training images, and has none."""
     source = config.evaluate.norm_statistics
-    if source != "run" and trial.query is not None and trial.train is None:
+    if source != "run" and trial.query is not None and not trial.train:
         raise UserError(f"evaluate.norm_statistics={source} is of training images, and {trial.dataset} has none; give "
                         "--config.evaluate.norm_statistics=run")
 

@@ -218,8 +218,11 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
     if mode == "evaluate" and not begun:
         raise UserError(f"{workdir} has no checkpoint to evaluate; train it first, or give --workdir of a trained run")
     if trial.train is None:
-        raise UserError(f"{trial.dataset} has no training images; evaluate a run trained on others with "
-                        f"--config.evaluate.datasets={trial.dataset}")
+        if config.train.steps:
+            raise UserError(f"{trial.dataset} has no training images; evaluate a run trained on others with "
+                            f"--config.evaluate.datasets={trial.dataset}, or start from it (--config.init_from) in "
+                            "--config.train.steps=0")
+        trial = dataclasses.replace(trial, train=trial.gallery.select(np.arange(0)))
     asked = config
     config = config.copy_and_resolve_references()
     config.data.loader = choose_loader(config, trial.train, mesh)
@@ -302,6 +305,9 @@ def _train(run: _Run, checkpoints: Checkpoints, state: TrainState, progress: dic
     config, workdir = run.config, run.workdir
     first_step, last_step = int(state.step), config.train.steps
     if first_step >= last_step:
+        if checkpoints.latest_step() is None:  # no steps are to be taken: a run of what it starts from
+            checkpoints.save(0, state, {"interval": {}})
+            checkpoints.wait()
         print(f"the run in {workdir} is finished: {first_step} steps", flush=True)
         return state
     if first_step:

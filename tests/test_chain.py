@@ -407,8 +407,20 @@ def test_a_run_that_cannot_be_started_from_is_refused(link, tmp_path, pretrained
     assert not (tmp_path / "run").exists()
 
 
-def test_a_set_of_test_images_alone_is_not_trained_on(link, tmp_path, monkeypatch):
-    trial = protocols.Trial("folder/shop", "single-query")
+def test_a_set_of_test_images_alone_is_evaluated_on_and_not_trained_on(link, tmp_path, pretrained, monkeypatch):
+    config = link("market1501", pretrained)
+    whole = protocols.load("market1501", config.data).trial(0)
+    trial = protocols.Trial("folder/shop", "single-query", query=whole.query, gallery=whole.gallery)
     monkeypatch.setattr(protocols, "load", lambda name, data: protocols.Protocol(1, lambda number: trial))
     with pytest.raises(UserError, match="folder/shop has no training images; evaluate a run trained on others"):
-        train_and_evaluate(link("folder/shop"), tmp_path / "run")
+        train_and_evaluate(config, tmp_path / "run")
+    config.train.steps = 0
+    rows = train_and_evaluate(config, tmp_path / "run")
+    assert [(row["dataset"], row["feature"]) for row in rows] == [
+        ("folder/shop", feature) for feature in ("global", "local", "joint")]
+    run = load_run(tmp_path / "run")
+    assert (run.step, run.label_map["identities"]) == (0, {"folder/shop": []})
+    assert_taken_over(load_run(pretrained), run.variables["params"], run.variables["batch_stats"])
+    config.evaluate.norm_statistics = "camera"
+    with pytest.raises(UserError, match="norm_statistics=camera is of training images, and folder/shop has none"):
+        train_and_evaluate(config, tmp_path / "other")
