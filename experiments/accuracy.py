@@ -16,7 +16,7 @@ from typing import Any
 from experiments.tables import published
 from experiments.tables.plan import BENCHMARKS, steps_done, training_seconds, without_paths
 from experiments.tables.report import markdown_table
-from jlml_jax.checkpoints import RESULTS, with_defaults, write_atomically
+from jlml_jax.checkpoints import RESULTS, with_defaults
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.evaluate import (
     ACCURACIES,
@@ -28,6 +28,7 @@ from jlml_jax.evaluate import (
     norm_statistics_of,
     without_averaged,
 )
+from jlml_jax.files import write_atomically
 from jlml_jax.logs import read_metrics
 
 FOLDER = Path(__file__).parent / "results" / "accuracy"

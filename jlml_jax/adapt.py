@@ -12,8 +12,8 @@ import numpy as np
 
 from jlml_jax import camera_statistics, norm_statistics, parallel
 from jlml_jax.checkpoints import SavedRun, load_run
-from jlml_jax.datasets.base import first_few, user_path
-from jlml_jax.errors import UserError, exit_status
+from jlml_jax.errors import UserError, exit_status, first_few
+from jlml_jax.files import user_path
 from jlml_jax.models import build_model
 from jlml_jax.new_run import new_folder, write_checkpoint
 from jlml_jax.pack import CONFIG, LABEL_MAP

@@ -12,10 +12,11 @@ from tqdm import tqdm
 from jlml_jax import calibration, datasets, features_file, protocols
 from jlml_jax.calibration import format_rate
 from jlml_jax.checkpoints import load_run
-from jlml_jax.datasets.base import DISTRACTOR, JUNK, user_path
+from jlml_jax.datasets.base import DISTRACTOR, JUNK
 from jlml_jax.datasets.folder import NOBODY
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor, check_fingerprint, load_extractor, tell_unknown_cameras
+from jlml_jax.files import user_path
 
 _DETAILS = """All pairs of the images count: the same person from different cameras, and different persons. In a file of
 features, the identity distractor is somebody else, who is not told apart from other distractors; junk does not

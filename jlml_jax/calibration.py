@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from jlml_jax import provenance
-from jlml_jax.checkpoints import write_atomically
 from jlml_jax.datasets.base import DISTRACTOR
 from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError
 from jlml_jax.extractor import Extractor
+from jlml_jax.files import write_atomically
 
 FALSE_ACCEPT_RATES = (1e-2, 1e-3, 1e-4)
 FILE = "calibration.json"

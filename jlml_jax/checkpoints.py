@@ -7,30 +7,27 @@ is never used; the one before is.
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
-import secrets
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from configs import default
 from jlml_jax import camera_statistics, parallel
 from jlml_jax.camera_statistics import CameraStatistics
-from jlml_jax.datasets.base import first_few, user_path
-from jlml_jax.errors import UserError, storage_errors_told
+from jlml_jax.errors import UserError, first_few, storage_errors_told
+from jlml_jax.files import lock, user_path, write_atomically
 
 # What may differ between a run and its resumption: it changes what is shown or kept, not what is learned.
 FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_every", "keep_checkpoints",
@@ -43,20 +40,6 @@ _VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on anot
 
 _LABEL_MAP, _CONFIG, _LOCK, _CHECKPOINTS, _DIGESTS = (
     "label_map.json", "config.json", "lock", "checkpoints", "sha256.json")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a whole file or nothing: a reader never sees half of it, nor do two writers mix."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _steps(workdir: Path) -> list[int]:
@@ -93,7 +76,8 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
                 raise UserError(f"{workdir} has files in it but no {_CONFIG}, so it is not a run's folder; "
                                 "give another --workdir or empty it")
             if label_map is not None:
-                held.enter_context(_lock(workdir))
+                held.enter_context(lock(workdir / _LOCK, "wait until that has ended, stop it, or give "
+                                                                "another --workdir"))
             if has_checkpoint(workdir):
                 free = [*FREE_FIELDS]
                 if label_map is None:  # the folder of several trials may be asked for others of them
@@ -119,31 +103,6 @@ def _read_json(path: Path) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or gone ({error}); copy it back from elsewhere, or train in another "
                         "--workdir") from error
-
-
-def _lock(workdir: Path) -> IO[str]:
-    """Locks a run's folder for this process, or says in a UserError which process has it.
-
-    By flock, which the kernel lets go when the process ends, however it ends: there are no stale locks, on one host or
-    on several that share the folder by NFS. What is in the file is for the message alone.
-    """
-    lock = open(workdir / _LOCK, "a+")  # noqa: SIM115 - held by the caller
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with lock:
-            lock.seek(0)
-            raise UserError(f"{workdir} is in use by {lock.read() or 'another process'}; wait until that has ended, "
-                            "stop it, or give another --workdir") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        print(f"{workdir} is on a file system without locks ({error.strerror}): no second run in it would be refused",
-              flush=True)
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    lock.flush()
-    return lock
 
 
 def await_claimed(workdir: Path) -> None:
@@ -236,8 +195,8 @@ def refuse_other_network(run: SavedRun, config: ml_collections.ConfigDict) -> No
     independent = {"model.norm_momentum"}  # fields that none of these weights depends on
     if not config.keep_identity_layers:
         independent |= {"model.cosine_scale", "model.loss"}
-    old, new = ({name: value for name, value in flatten({"model": json.loads(c.to_json())["model"]}).items()
-                 if name not in independent} for c in (run.config, config))
+    old, new = ({name: value for name, value in with_defaults(json.loads(one.to_json())).items()
+                 if name.startswith("model.") and name not in independent} for one in (run.config, config))
     if differing := _differences(old, new):
         raise UserError(f"init_from={run.workdir} is a run of another network: {', '.join(differing)}; give the same "
                         "fields, or another run")
@@ -255,20 +214,10 @@ def _with_tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts by their dotted paths."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """The leaves of a config by their dotted paths, as JSON has them; fields that came after it have their defaults."""
-    return flatten(json.loads(default.get_config().to_json())) | flatten(config)
+    defaults = json.loads(default.get_config().to_json())
+    return flatten_dict(defaults, sep=".") | flatten_dict(config, sep=".")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from jlml_jax import calibration
-from jlml_jax.datasets.base import user_path
 from jlml_jax.errors import exit_status
 from jlml_jax.extractor import load_extractor, tell_unknown_cameras
+from jlml_jax.files import user_path
 from jlml_jax.user_images import load_query
 
 _EXAMPLE = """example:

@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import ml_collections
+from flax.traverse_util import flatten_dict
 
 from configs import default
-from jlml_jax.checkpoints import flatten
 from jlml_jax.errors import UserError
 
 # Intervals: [ and ] include the end, ( and ) do not. Of a field that has several numbers, each lies in it. Steps are
@@ -60,7 +60,7 @@ _COLORS = ("data.mean", "data.std")  # a number a channel
 
 def check_ranges(config: ml_collections.ConfigDict) -> None:
     """A UserError for the first number of `config` that is none or out of its range."""
-    fields, defaults = (flatten(json.loads(one.to_json())) for one in (config, default.get_config()))
+    fields, defaults = (flatten_dict(json.loads(one.to_json()), sep=".") for one in (config, default.get_config()))
     for name, interval in RANGES.items():
         values, usual = (one[name] if isinstance(one[name], list) else [one[name]] for one in (fields, defaults))
         if name in _COLORS and len(values) != 3 or not values:

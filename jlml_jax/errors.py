@@ -5,7 +5,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -13,6 +13,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class UserError(Exception):
     """Something the user can mend: the message is one line that says what is wrong, where, and what to do."""
+
+
+def first_few(items: Sequence[str], separator: str = ", ") -> str:
+    """The first three of `items`, as a part of a one-line message."""
+    return separator.join([*items[:3], *["..."] * (len(items) > 3)])
 
 
 # What a full or broken disk, a quota, a read-only file system or a lost permission raises.

@@ -24,12 +24,12 @@ from jax import export as jax_export
 
 from jlml_jax import calibration, parallel, provenance
 from jlml_jax.augment import normalise
-from jlml_jax.checkpoints import SavedRun, load_run, write_atomically
+from jlml_jax.checkpoints import SavedRun, load_run
 from jlml_jax.datasets import synthetic_drawing
-from jlml_jax.datasets.base import first_few, user_path
-from jlml_jax.errors import UserError, exit_status
+from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.evaluate import make_forward, matching_features
 from jlml_jax.extractor import Extractor
+from jlml_jax.files import check_output, user_path, write_output
 from jlml_jax.models import build_model
 from jlml_jax.user_images import printable
 
@@ -75,9 +75,7 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
         raise UserError(f"--format={file_format} is unknown; known are {', '.join(FORMATS)}")
     if signature not in INPUTS:
         raise UserError(f"--input={signature} is unknown; known are {', '.join(INPUTS)}")
-    if output.is_dir() or not output.parent.is_dir():
-        what = "is a folder" if output.is_dir() else f"cannot be written: {output.parent} is not a folder"
-        raise UserError(f"--output={output} {what}; give a file in a folder that exists")
+    check_output(output)
     build = _onnx_builder() if file_format == "onnx" else _build_stablehlo
 
     run = load_run(workdir)
@@ -103,10 +101,7 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
     if not error <= TOLERANCE:  # also where it is NaN
         raise UserError(f"the features that the {file_format} graph of {workdir} gives differ from the run's by "
                         f"{error:.1e} of their norm, {TOLERANCE:.0e} is allowed; {output} is not written")
-    try:
-        write_atomically(output, content)
-    except OSError as failure:
-        raise UserError(f"cannot write --output={output} ({failure.strerror}); make room or give another") from failure
+    write_output(output, content)
     takes, gives = metadata["input"], metadata["output"]
     print(f"wrote {output}, {len(content) / 1e6:.1f} MB, from step {run.step} of {workdir}\n"
           f"takes {takes['name']}: {takes['dtype']} {takes['shape']}: {takes['values']}\n"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlml_jax import features_file
-from jlml_jax.datasets.base import user_path
 from jlml_jax.errors import exit_status
 from jlml_jax.extractor import embed, load_extractor
 from jlml_jax.features_file import FeaturesFile
+from jlml_jax.files import user_path
 from jlml_jax.user_images import list_images
 
 _DETAILS = """A CSV has the columns image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder

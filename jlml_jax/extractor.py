@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 from jlml_jax import camera_statistics, evaluate, parallel
 from jlml_jax.camera_statistics import CameraStatistics
 from jlml_jax.checkpoints import SavedRun, load_run
-from jlml_jax.datasets.base import first_few
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, first_few
 from jlml_jax.models import build_model, is_identity_layer
 from jlml_jax.user_images import LoadedImage, UserImage, printable, read_batches
 

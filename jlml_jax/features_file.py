@@ -12,16 +12,13 @@
 there are boxes) and features (a list of D float32); root and fingerprint are metadata of its schema.
 """
 
-import contextlib
 import dataclasses
-import os
-import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from jlml_jax import files
 from jlml_jax.errors import UserError
 from jlml_jax.user_images import UserImage
 
@@ -56,9 +53,7 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path} is neither {' nor '.join(SUFFIXES)}; give a name that ends so")
     if path.suffix == ".parquet":
         _pyarrow()
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise UserError(f"cannot write {path}: {path.parent} is not a folder that can be written to, or {path.name} is "
-                        "a folder; give another --output")
+    files.check_output(path)
 
 
 def write(path: Path, table: FeaturesFile) -> None:
@@ -79,25 +74,7 @@ def write(path: Path, table: FeaturesFile) -> None:
         metadata = {"root": table.root, "fingerprint": table.fingerprint}
         parquet.write_table(pa.table(columns).replace_schema_metadata(metadata), file)
 
-    try:
-        _replace_atomically(path, write_npz if path.suffix == ".npz" else write_parquet)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}), what was there is as it was; make room or "
-                        "give another --output") from error
-
-
-def _replace_atomically(path: Path, write_to: Callable[[BinaryIO], None]) -> None:
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # not another process's
-    try:
-        with open(part, "wb") as file:
-            write_to(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    files.write_output(path, write_npz if path.suffix == ".npz" else write_parquet)
 
 
 def read(path: Path) -> FeaturesFile:

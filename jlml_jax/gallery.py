@@ -11,17 +11,18 @@ not added again; it takes the name it was listed with last, and the identity and
 """
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import jax
 import numpy as np
 
 from jlml_jax.errors import UserError
+from jlml_jax.files import lock
 from jlml_jax.user_images import LoadedImage, UserImage
 
 _DATABASE, _FEATURES, _LOCK = "gallery.sqlite", "features.f32", "lock"
@@ -198,19 +199,11 @@ class Gallery:
             raise UserError(f"cannot read {path} ({error.strerror}); make it readable") from error
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the gallery's lock, which the system lets go when the process ends, however it ends."""
+def _locked(folder: Path) -> IO[str]:
     try:
-        lock = open(folder / _LOCK, "a")  # noqa: SIM115
+        return lock(folder / _LOCK, "wait until that has ended, or give another folder")
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); give another folder") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is adding to {folder}; wait until it is done") from None
-        yield
 
 
 # What the device takes at a time. On a CPU the differences must stay in the cache: this is what makes a query cost

@@ -11,7 +11,7 @@ import jax
 import jax.export
 
 from jlml_jax import parallel
-from jlml_jax.checkpoints import write_atomically
+from jlml_jax.files import write_atomically
 from jlml_jax.train_step import TrainState
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]

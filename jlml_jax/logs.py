@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jlml_jax.checkpoints import write_atomically
 from jlml_jax.errors import UserError
+from jlml_jax.files import write_atomically
 
 # Fields of metrics.jsonl that say how long things took; all others are equal whenever the same run is run again.
 TIME_FIELDS = ("images_per_second", "seconds")

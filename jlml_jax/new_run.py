@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jlml_jax import optim, parallel
-from jlml_jax.checkpoints import Checkpoints, SavedRun, flatten
+from jlml_jax.checkpoints import Checkpoints, SavedRun
 from jlml_jax.errors import UserError, storage_errors_told
 from jlml_jax.models import build_model, variable_shapes
 from jlml_jax.train_step import init_state
@@ -45,8 +46,8 @@ def write_checkpoint(folder: Path, run: SavedRun) -> None:
     """The checkpoint of a finished run: momentum is gone, and not needed any more."""
     config = run.config
     model = build_model(config, sum(len(identities) for identities in run.label_map["identities"].values()))
-    expected = flatten(variable_shapes(model, config.data.height, config.data.width))
-    found = flatten(run.variables)
+    expected = flatten_dict(variable_shapes(model, config.data.height, config.data.width), sep=".")
+    found = flatten_dict(run.variables, sep=".")
     wrong = sorted(name for name in expected.keys() | found.keys()
                    if name not in expected or name not in found or expected[name].shape != found[name].shape)
     if wrong:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jlml_jax import calibration, camera_statistics, parallel
-from jlml_jax.checkpoints import RESULTS, TRAINING, flatten, load_run, write_atomically
+from jlml_jax.checkpoints import RESULTS, TRAINING, load_run
 from jlml_jax.datasets import synthetic_drawing
-from jlml_jax.datasets.base import user_path
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
+from jlml_jax.files import check_output, user_path, write_output
 
 FORMAT = 1
 # Members of the archive; weights are arrays of NumPy's format, by their dotted paths.
@@ -43,6 +44,7 @@ def pack(workdir: str | Path, output: str | Path) -> None:
             these weights. Nothing is written then.
     """
     output = user_path(output)
+    check_output(output)
     run = load_run(workdir)
     if run.step < run.config.train.steps:
         raise UserError(f"{workdir} is at step {run.step} of {run.config.train.steps}; train it to its end first")
@@ -74,13 +76,10 @@ def pack(workdir: str | Path, output: str | Path) -> None:
             archive.write(run.workdir / calibration.FILE, calibration.FILE)
         if run.cameras:
             archive.writestr(camera_statistics.FILE, camera_statistics.to_bytes(run.cameras))
-        for name, array in flatten(packed).items():
+        for name, array in flatten_dict(packed, sep=".").items():
             with archive.open(f"{WEIGHTS}{name}.npy", "w") as member:
                 np.save(member, array, allow_pickle=False)
-    try:
-        write_atomically(output, content.getvalue())
-    except OSError as failure:
-        raise UserError(f"cannot write --output={output} ({failure.strerror}); give another, or make room") from failure
+    write_output(output, content.getvalue())
     print(f"wrote {output}, {content.tell() / 1e6:.1f} MB, from step {run.step} of {workdir}\n"
           f"its features of {_CROPS} drawn people are the run's to {error:.1e} of their norm")
 

@@ -24,8 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlml_jax import errors
-from jlml_jax.datasets.base import first_few
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, first_few
 
 T = TypeVar("T")
 

@@ -12,8 +12,9 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import BenchmarkBuilder, Crop, count, decode_image, first_few, user_path
-from jlml_jax.errors import UserError, exit_status
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, count, decode_image
+from jlml_jax.errors import UserError, exit_status, first_few
+from jlml_jax.files import user_path
 
 _EXAMPLE = """example:
   python -m jlml_jax.prepare market1501 --source=Market-1501-v15.09.15

@@ -10,9 +10,9 @@ import ml_collections
 import numpy as np
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import DISTRACTOR, Split, first_few
+from jlml_jax.datasets.base import DISTRACTOR, Split
 from jlml_jax.datasets.stored import join_images
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, first_few
 
 VIPER_TRIALS = 10
 _OTHER_CAMERA = -1  # of extra distractors: none of the tested data set's

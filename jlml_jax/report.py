@@ -19,12 +19,13 @@ import numpy as np
 from PIL import Image
 
 from jlml_jax import calibration, datasets, evaluate, metrics, norm_statistics, parallel, pictures, protocols
-from jlml_jax.checkpoints import RESULTS, SavedRun, load_run, write_atomically
+from jlml_jax.checkpoints import RESULTS, SavedRun, load_run
 from jlml_jax.datasets import Names
-from jlml_jax.datasets.base import DISTRACTOR, Split, user_path
+from jlml_jax.datasets.base import DISTRACTOR, Split
 from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
+from jlml_jax.files import check_output, user_path, write_output
 from jlml_jax.logs import TIME_FIELDS, read_metrics
 from jlml_jax.models import build_model
 from jlml_jax.pictures import Curve
@@ -64,9 +65,7 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
     if queries < 1:
         raise UserError(f"--queries={queries} must be at least 1")
     run = load_run(workdir)
-    if output.is_dir() or not output.parent.is_dir():
-        what = "is a folder" if output.is_dir() else f"cannot be written: {output.parent} is not a folder"
-        raise UserError(f"--output={output} {what}; give a file in a folder that exists")
+    check_output(output)
     config = run.config
     if data_dir is not None:
         config.data.data_dir = data_dir
@@ -86,10 +85,7 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
         real_people=trial.query is not None and _shows_real_people(trial.dataset),
         several_trials=protocol.num_trials > 1, provenance=_provenance(run, trial, results),
         config=config.to_json(indent=1), heat=_heat_gradient())
-    try:
-        write_atomically(output, page)
-    except OSError as error:
-        raise UserError(f"cannot write --output={output} ({error.strerror}); make room or give another") from error
+    write_output(output, page)
     print(f"wrote {output}, {len(page.encode()) / 1e6:.1f} MB")
     if trial.query is not None and _shows_real_people(trial.dataset):
         print(f"it has images of {trial.dataset} in it, real people's, which may not be passed on")

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from jlml_jax import calibration, features_file
-from jlml_jax.datasets.base import first_few, user_path
-from jlml_jax.errors import UserError, exit_status
+from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor, tell_unknown_cameras
 from jlml_jax.features_file import FeaturesFile
+from jlml_jax.files import user_path
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
 from jlml_jax.user_images import LoadedImage, UserImage, list_images, load_one, load_query, printable
 

@@ -19,6 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jlml_jax import (
@@ -42,7 +43,6 @@ from jlml_jax.checkpoints import (
     SavedRun,
     await_claimed,
     claim_workdir,
-    flatten,
     has_checkpoint,
     latest_step,
     load_label_map,
@@ -52,11 +52,11 @@ from jlml_jax.checkpoints import (
     set_aside_damaged,
     trial_folder,
     trial_folders,
-    write_atomically,
 )
 from jlml_jax.config_ranges import check_ranges
-from jlml_jax.datasets.base import Split, first_few, refuse_address, user_path
-from jlml_jax.errors import UserError, storage_errors_told
+from jlml_jax.datasets.base import Split
+from jlml_jax.errors import UserError, first_few, storage_errors_told
+from jlml_jax.files import refuse_address, user_path, write_atomically
 from jlml_jax.kept_step import KeptStep
 from jlml_jax.logs import TrainingLog
 from jlml_jax.models import build_model, check_input_size, count_operations, init_variables, variable_shapes
@@ -150,7 +150,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     workdir = user_path(workdir)
     mesh = parallel.make_mesh()
     code = {field: source[field] for field in ("commit", "source_sha256", "versions")}
-    parallel.refuse_differing(flatten({"config": json.loads(config.to_json())} | code)
+    parallel.refuse_differing(flatten_dict({"config": json.loads(config.to_json())} | code, sep=".")
                               | {"--workdir": str(workdir), "--mode": mode})
     check_ranges(config)
     if config.keep_identity_layers and not config.init_from:

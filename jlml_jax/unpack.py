@@ -13,8 +13,8 @@ import numpy as np
 
 from jlml_jax import calibration, camera_statistics
 from jlml_jax.checkpoints import RESULTS, TRAINING, SavedRun, read_description
-from jlml_jax.datasets.base import user_path
 from jlml_jax.errors import UserError, exit_status
+from jlml_jax.files import user_path
 from jlml_jax.new_run import new_folder, write_checkpoint
 from jlml_jax.pack import ABOUT, CONFIG, FORMAT, LABEL_MAP, WEIGHTS
 

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jlml_jax.datasets.base import JUNK, first_few, open_rgb, resize, user_path
+from jlml_jax.datasets.base import JUNK, open_rgb, resize
 from jlml_jax.datasets.folder import NAME, identity_of, read_table
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, first_few
+from jlml_jax.files import user_path
 
 _BOX_COLUMNS = ("x", "y", "width", "height")
 _COLUMNS = ("image", "identity", "camera", *_BOX_COLUMNS)

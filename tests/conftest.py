@@ -1,4 +1,5 @@
 import os
+import resource
 import tempfile
 
 from fast_compilation import XLA_FLAGS
@@ -94,3 +95,12 @@ def loaded_once(monkeypatch, tiny_extractor):
     """The commands take the network of `tiny_run` as it is loaded already, rather than compile it anew each time."""
     for command in (calibrate, compare, extract, search):
         monkeypatch.setattr(command, "load_extractor", lambda workdir: tiny_extractor)
+
+
+@pytest.fixture
+def small_files():
+    """As a disk that is full, or a quota: no file may have more than a kilobyte."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -15,17 +15,8 @@ import pytest
 from absl import logging
 
 from experiments.faults import kill
-from jlml_jax import checkpoints as checkpoints_module
 from jlml_jax import parallel
-from jlml_jax.checkpoints import (
-    Checkpoints,
-    claim_workdir,
-    has_checkpoint,
-    latest_step,
-    load_run,
-    set_aside_damaged,
-    write_atomically,
-)
+from jlml_jax.checkpoints import Checkpoints, claim_workdir, has_checkpoint, latest_step, load_run, set_aside_damaged
 from jlml_jax.errors import UserError, storage_errors_told
 from jlml_jax.logs import TrainingLog
 
@@ -143,15 +134,6 @@ def test_what_a_killed_save_left_is_cleared_away(run):
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "4", "8"}
 
 
-@pytest.fixture
-def small_files():
-    """As a disk that is full, or a quota: no file may have more than a kilobyte."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.usefixtures("small_files")
 def test_without_room_a_save_is_refused_and_the_last_checkpoint_stays(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
@@ -186,13 +168,6 @@ def test_logs_tell_of_a_full_disk_at_once(tmp_path, small_files):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     TrainingLog(tmp_path, done, 100, 8).close()
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(whole)
-
-
-def test_half_a_file_is_never_written(tmp_path, small_files):
-    write_atomically(tmp_path / "results.json", "old")
-    with pytest.raises(OSError, match="File too large"):
-        write_atomically(tmp_path / "results.json", "x" * 2000)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("results.json", "old")]
 
 
 @pytest.mark.parametrize("error", [
@@ -271,15 +246,6 @@ def test_a_start_that_was_killed_before_anything_was_written_goes_on(tiny_config
     (tmp_path / "config.json.0123abcd.part").write_text("{")
     claim_workdir(tmp_path, tiny_config, LABELS).close()
     assert (tmp_path / "config.json").exists()
-
-
-def test_a_file_system_without_locks_is_told(tiny_config, tmp_path, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(checkpoints_module.fcntl, "flock", flock)
-    claim_workdir(tmp_path, tiny_config, LABELS).close()
-    assert "without locks (Function not implemented)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

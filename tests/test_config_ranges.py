@@ -2,9 +2,9 @@ import json
 import math
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import default
-from jlml_jax.checkpoints import flatten
 from jlml_jax.config_ranges import RANGES, check_ranges
 from jlml_jax.errors import UserError
 
@@ -16,7 +16,7 @@ def with_field(name, value):
 
 
 def test_every_number_of_the_config_has_a_range():
-    numbers = {name for name, value in flatten(json.loads(default.get_config().to_json())).items()
+    numbers = {name for name, value in flatten_dict(json.loads(default.get_config().to_json()), sep=".").items()
                if not isinstance(value, (bool, str))}
     assert RANGES.keys() == numbers
 

@@ -88,7 +88,7 @@ def test_it_survives_being_killed_in_the_middle_of_an_add(tmp_path):
     # Another process may look, but not add.
     watching = Gallery(folder)
     assert len(watching) >= 640
-    with pytest.raises(UserError, match="another process is adding"), watching.writing():
+    with pytest.raises(UserError, match=f"{folder} is in use by process {process.pid} on"), watching.writing():
         pass
     time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

@@ -117,13 +117,13 @@ def csv(folder: Path) -> Target:
 def overrides(folder: Path) -> Target:
     """What follows the command: fields of the config, a line each."""
     from absl import flags
+    from flax.traverse_util import flatten_dict
     from ml_collections import config_flags
 
     from configs import synthetic
     from jlml_jax import main
-    from jlml_jax.checkpoints import flatten
 
-    rng, fields = random.Random(0), flatten(synthetic.get_config().to_dict())
+    rng, fields = random.Random(0), flatten_dict(synthetic.get_config().to_dict(), sep=".")
     alone = types.SimpleNamespace(initialize=lambda *_: None, keep_memory=lambda: None)
     values = ["0", "-1", "1e400", "nan", "True", "none", "", "(1,2)", "(", "[1]*9", "None", "'", "9" * 5000, "1,2",
               "\\"]

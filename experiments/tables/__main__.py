@@ -37,9 +37,9 @@ from experiments.tables import figures, size, timing
 from experiments.tables.plan import ROWS, TABLES, Run, check_config, find_table, parse_seeds, plan_runs
 from experiments.tables.report import Report, outcomes
 from jlml_jax import parallel
-from jlml_jax.checkpoints import RESULTS, write_atomically
-from jlml_jax.datasets.base import user_path
+from jlml_jax.checkpoints import RESULTS
 from jlml_jax.errors import UserError, exit_status
+from jlml_jax.files import user_path, write_atomically
 from jlml_jax.train import train_and_evaluate
 
 _CONFIG_NAMES = {"synthetic_pedestrians": "synthetic", "imagenet2012": "imagenet", "tiny_imagenet": "imagenet"}

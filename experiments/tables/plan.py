@@ -18,8 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from jlml_jax import datasets
 from jlml_jax.checkpoints import FREE_FIELDS, RESULTS, with_defaults
-from jlml_jax.datasets.base import first_few
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, first_few
 from jlml_jax.evaluate import NORMALIZE
 from jlml_jax.logs import read_metrics
 

@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from jlml_jax.datasets.base import DISTRACTOR, PersonDatasetBuilder, Split, refuse_address
+from jlml_jax.datasets.base import DISTRACTOR, PersonDatasetBuilder, Split
 from jlml_jax.errors import UserError, storage_errors_told
+from jlml_jax.files import refuse_address
 
 # Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
 _BUILDERS = {

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import os
 import re
 import tempfile
 import warnings
@@ -20,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from jlml_jax.datasets.stored import EXAMPLES_AT_ONCE, StoredImages, open_split, read_examples
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, first_few
 
 JUNK = -1
 DISTRACTOR = 0
@@ -105,7 +104,6 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
             names=np.array([example["name"].decode() for example in examples]),
         )
 
-
     def load_stored_split(self, split: str) -> "Split":
         """A prepared split in the order on disk, its images left there, after all were read once. No TensorFlow."""
         if self.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
@@ -123,18 +121,6 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
 
     def _full_name(self) -> str:
         return "/".join([self.name, *([self.builder_config.name] if self.builder_config else [])])
-
-
-def refuse_address(what: str, path: str | Path | None) -> None:
-    """A UserError if `path` is an address, such as gs://mine/data, of which pathlib would make a folder `gs:`."""
-    if re.match("[a-z][a-z0-9]*:/", str(path or "")):
-        raise UserError(f"{what}={path} is an address, not a folder: give one on a file system, such as a disk or a "
-                        "share that is mounted here")
-
-
-def user_path(path: str | Path) -> Path:
-    """The path that a user has given, with ~ for their home: a shell leaves it as it is in --workdir=~/runs."""
-    return Path(os.path.expanduser(path))  # which leaves the ~ of an unknown user, where pathlib's raises
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,11 +201,6 @@ def count(crops: Iterable[Crop]) -> dict[str, int]:
         "distractors": identities[DISTRACTOR],
         "junk": identities[JUNK],
     }
-
-
-def first_few(items: Sequence[str], separator: str = ", ") -> str:
-    """The first three of `items`, as a part of a one-line message."""
-    return separator.join([*items[:3], *["..."] * (len(items) > 3)])
 
 
 def unpacked_root(source: Path, archive: str, members: Sequence[str]) -> Path:

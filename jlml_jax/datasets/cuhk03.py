@@ -8,17 +8,9 @@ import h5py
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jlml_jax.datasets.base import (
-    BenchmarkBuilder,
-    Crop,
-    Originals,
-    drop_unmatched,
-    encode_png,
-    first_few,
-    unpacked_root,
-)
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, drop_unmatched, encode_png, unpacked_root
 from jlml_jax.datasets.matlab import integers, read_mat
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, first_few
 
 ROOT = "cuhk03_release"
 FILE = "cuhk-03.mat"

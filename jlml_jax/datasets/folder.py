@@ -22,11 +22,10 @@ from jlml_jax.datasets.base import (
     Crop,
     Originals,
     encode_png,
-    first_few,
     open_rgb,
     parse_names,
 )
-from jlml_jax.errors import UserError
+from jlml_jax.errors import UserError, first_few
 
 SPLITS = ("train", "query", "gallery")
 COLUMNS = ("image", "identity", "camera")  # and, optionally, split

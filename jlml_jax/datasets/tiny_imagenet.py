@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, first_few, parse_names, unpacked_root
-from jlml_jax.errors import UserError
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, parse_names, unpacked_root
+from jlml_jax.errors import UserError, first_few
 
 ROOT = "tiny-imagenet-200"
 CLASSES, WORDS = "wnids.txt", "words.txt"

@@ -1,0 +1,104 @@
+"""Files and folders that a user names: written whole or not at all, by one process at a time."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+import re
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from jlml_jax.errors import UserError
+
+
+def user_path(path: str | Path) -> Path:
+    """The path that a user has given, with ~ for their home: a shell leaves it as it is in --workdir=~/runs."""
+    return Path(os.path.expanduser(path))  # which leaves the ~ of an unknown user, where pathlib's raises
+
+
+def refuse_address(what: str, path: str | Path | None) -> None:
+    """A UserError if `path` is an address, such as gs://mine/data, of which pathlib would make a folder `gs:`."""
+    if re.match("[a-z][a-z0-9]*:/", str(path or "")):
+        raise UserError(f"{what}={path} is an address, not a folder: give one on a file system, such as a disk or a "
+                        "share that is mounted here")
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -> None:
+    """Writes a whole file or nothing: a reader never sees half of it, nor do two writers mix.
+
+    Args:
+        path: the file; one that is there is replaced.
+        content: what to write, or a function that writes it into the open file.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def check_output(path: Path) -> None:
+    """A UserError if the file of a command's --output cannot be written: told before the work is done, not after."""
+    if path.is_dir():
+        raise UserError(f"--output={path} is a folder; give a file in a folder that exists")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output={path} cannot be written: {path.parent} is not a folder that can be written to; "
+                        "give a file in one that is")
+
+
+def write_output(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -> None:
+    """`write_atomically`, for the file of a command's --output; a UserError if it cannot be written."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"cannot write --output={path} ({error.strerror or error}), what was there is as it was; make "
+                        "room or give another") from error
+
+
+def lock(path: Path, otherwise: str) -> IO[str]:
+    """Locks the folder that `path`, its lock file, is in for this process, until what is returned is closed.
+
+    By flock, which the kernel lets go when the process ends, however it ends: there are no stale locks, on one host or
+    on several that share the folder by NFS. What is in the file is for the message alone. On a file system without
+    locks it says so, and nothing is locked.
+
+    Args:
+        path: the lock file, made if it is not there.
+        otherwise: what to do if another process has the lock, for the message.
+
+    Raises:
+        UserError: another process has it; which one is said.
+        OSError: the file cannot be written.
+    """
+    file = open(path, "a+")  # noqa: SIM115 - held by the caller
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            raise UserError(f"{path.parent} is in use by {file.read() or 'another process'}; {otherwise}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(f"{path.parent} is on a file system without locks ({error.strerror}): no second process in it would be "
+              "refused", flush=True)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file

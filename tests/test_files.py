@@ -1,0 +1,67 @@
+"""Files written whole, and locks."""
+
+import fcntl
+import os
+
+import pytest
+
+from jlml_jax.checkpoints import claim_workdir
+from jlml_jax.errors import UserError
+from jlml_jax.files import check_output, lock, write_atomically, write_output
+from jlml_jax.gallery import Gallery
+
+
+def contents(folder):
+    return [(path.name, path.read_text()) for path in folder.iterdir()]
+
+
+def test_what_is_written_is_the_text_the_bytes_or_what_a_function_writes(tmp_path):
+    for content in ("é", "é".encode(), lambda file: file.write("é".encode())):
+        write_atomically(tmp_path / "results.json", content)
+        assert contents(tmp_path) == [("results.json", "é")]
+
+
+def fail(file):
+    file.write(b"new")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("content", "error"), [("x" * 2000, OSError), (fail, KeyboardInterrupt)])
+def test_half_a_file_is_never_written(tmp_path, small_files, content, error):
+    write_atomically(tmp_path / "results.json", "old")
+    with pytest.raises(error):
+        write_atomically(tmp_path / "results.json", content)
+    assert contents(tmp_path) == [("results.json", "old")]
+
+
+def test_an_output_that_cannot_be_written_is_told(tmp_path, small_files):
+    with pytest.raises(UserError, match=f"--output={tmp_path} is a folder; give a file"):
+        check_output(tmp_path)
+    with pytest.raises(UserError, match=f"x cannot be written: {tmp_path / 'nowhere'} is not a folder that can be"):
+        check_output(tmp_path / "nowhere" / "x")
+    check_output(tmp_path / "x")
+    write_output(tmp_path / "x", "old")
+    with pytest.raises(UserError, match=r"cannot write --output=.*x \(File too large\), what was there is as it was"):
+        write_output(tmp_path / "x", "x" * 2000)
+    assert contents(tmp_path) == [("x", "old")]
+
+
+def test_a_lock_says_who_has_it_until_it_is_closed(tmp_path):
+    held = lock(tmp_path / "lock", "wait")
+    with pytest.raises(UserError, match=rf"{tmp_path} is in use by process {os.getpid()} on .*, since .*; try another"):
+        lock(tmp_path / "lock", "try another")
+    held.close()
+    lock(tmp_path / "lock", "wait").close()
+
+
+@pytest.mark.parametrize("use", [
+    lambda folder, config: claim_workdir(folder, config, {"dataset": "market1501"}).close(),
+    lambda folder, config: Gallery.create(folder, "f" * 16, 4).close(),
+])
+def test_a_file_system_without_locks_is_told(tiny_config, tmp_path, monkeypatch, capsys, use):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    use(tmp_path, tiny_config)
+    assert "without locks (Function not implemented)" in capsys.readouterr().out
