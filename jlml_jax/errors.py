@@ -20,6 +20,11 @@ def first_few(items: Sequence[str], separator: str = ", ") -> str:
     return separator.join([*items[:3], *["..."] * (len(items) > 3)])
 
 
+def printable(text: str) -> str:
+    """`text` if a terminal shows all of it as it is, else with escapes: names of files may hold anything."""
+    return text if text.isprintable() else ascii(text)
+
+
 # What a full or broken disk, a quota, a read-only file system or a lost permission raises.
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
                    errno.ESTALE)

@@ -26,12 +26,11 @@ from jlml_jax import calibration, parallel, provenance
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import SavedRun, load_run
 from jlml_jax.datasets import synthetic_drawing
-from jlml_jax.errors import UserError, exit_status, first_few
+from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.evaluate import make_forward, matching_features
 from jlml_jax.extractor import Extractor
 from jlml_jax.files import check_output, user_path, write_output
 from jlml_jax.models import build_model
-from jlml_jax.user_images import printable
 
 FORMATS = ("onnx", "stablehlo")
 INPUTS = {

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from jlml_jax import camera_statistics, evaluate, parallel
 from jlml_jax.camera_statistics import CameraStatistics
 from jlml_jax.checkpoints import SavedRun, load_run
-from jlml_jax.errors import UserError, first_few
+from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.models import build_model, is_identity_layer
-from jlml_jax.user_images import LoadedImage, UserImage, printable, read_batches
+from jlml_jax.user_images import LoadedImage, UserImage, read_batches
 
 # Fields of config.model that say how it was trained, not what it computes.
 _TRAINING_FIELDS = ("cosine_scale", "loss", "norm_momentum")

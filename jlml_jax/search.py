@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from jlml_jax import calibration, features_file
-from jlml_jax.errors import UserError, exit_status, first_few
+from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor, tell_unknown_cameras
 from jlml_jax.features_file import FeaturesFile
 from jlml_jax.files import user_path
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
-from jlml_jax.user_images import LoadedImage, UserImage, list_images, load_one, load_query, printable
+from jlml_jax.user_images import LoadedImage, UserImage, list_images, load_one, load_query
 
 _DETAILS = """--gallery is a folder, CSV or glob of images as extract takes them; or a file that extract has made; or a
 gallery folder. Images are kept in a gallery folder (--index, or one of their own in RUN/galleries), so that the

@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from jlml_jax.datasets.base import JUNK, open_rgb, resize
-from jlml_jax.datasets.folder import NAME, identity_of, read_table
-from jlml_jax.errors import UserError, first_few
+from jlml_jax.datasets.folder import JUNK_ADVICE, NAME, identity_of, path_within, read_table
+from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.files import user_path
 
 _BOX_COLUMNS = ("x", "y", "width", "height")
@@ -69,11 +69,6 @@ class LoadedImage:
     digest: bytes = b""  # SHA-256 of the file's bytes and the box
     pixels: np.ndarray | None = None
     error: str | None = None
-
-
-def printable(text: str) -> str:
-    """`text` if a terminal shows all of it as it is, else with escapes: names of files may hold anything."""
-    return text if text.isprintable() else ascii(text)
 
 
 def list_images(source: str) -> Listing:
@@ -163,40 +158,35 @@ def _with_market_names(images: list[UserImage], root: Path) -> Listing:
 
 
 def _read_csv(path: Path) -> Listing:
-    root = path.parent
-    resolved_root = root.resolve()
-    columns, lines = read_table(path, ("image",), _COLUMNS[1:])
+    lines, notes = read_table(path, ("image",), _COLUMNS[1:])
+    (_, columns), *_ = lines
     missing = [column for column in _BOX_COLUMNS if column not in columns]
     if 0 < len(missing) < len(_BOX_COLUMNS):
         raise UserError(f"{path} lacks {', '.join(missing)} of a box; its columns are "
                         "image[,identity][,camera][,x,y,width,height]")
-    images, bad = [], []
+    root, images, bad = os.path.realpath(path.parent), [], []
     for number, cells in lines:
         try:
-            images.append(_csv_image(cells, number, root, resolved_root))
+            images.append(_csv_image(cells, number, path.parent, root))
         except ValueError as error:
             bad.append(f"line {number}: {error}")
     if bad:
         raise UserError(f"{path} has {len(bad)} bad lines: {first_few(bad, '; ')}; mend or remove them")
-    unread = [printable(column) for column in columns if column and column not in _COLUMNS]
-    return Listing(images, root, (f"columns that are not read: {', '.join(unread)}",) if unread else ())
+    return Listing(images, path.parent, tuple(notes))
 
 
-def _csv_image(cells: dict[str, str], line: int, root: Path, resolved_root: Path) -> UserImage:
-    """One line; a ValueError says what is wrong with it."""
+def _csv_image(cells: dict[str, str], line: int, folder: Path, root: str) -> UserImage:
+    """One line of a CSV in `folder`, whose real path is `root`; a ValueError says what is wrong with it."""
     file = cells["image"]
     shown = printable(file)
     if not file:
         raise ValueError("it names no image")
-    # The text first: what lies outside is not even looked at.
-    inside = os.path.normpath(file)
-    if os.path.isabs(file) or inside == os.pardir or inside.startswith(os.pardir + os.sep):
-        raise ValueError(f"{shown} leaves the folder of the CSV")
-    path = root / inside
-    if not Path(os.path.realpath(path)).is_relative_to(resolved_root):
-        raise ValueError(f"{shown} leaves the folder of the CSV by a symbolic link")
+    try:
+        name = path_within(root, file)
+    except ValueError as error:
+        raise ValueError(f"{shown} {error}") from error
     if cells.get("identity") == str(JUNK):
-        raise ValueError("write junk for identity -1, and distractor where 0 is nobody")
+        raise ValueError(JUNK_ADVICE)
     box = None
     if "x" in cells:
         try:
@@ -208,7 +198,7 @@ def _csv_image(cells: dict[str, str], line: int, root: Path, resolved_root: Path
         box = tuple(map(round, numbers))
         if box[2] < 1 or box[3] < 1:
             raise ValueError(f"the box of {shown} is {box[2]} x {box[3]} pixels, which is nothing")
-    return UserImage(path, Path(inside).as_posix(), cells.get("identity", ""), cells.get("camera", ""), box, line)
+    return UserImage(folder / name, name, cells.get("identity", ""), cells.get("camera", ""), box, line)
 
 
 def load_images(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes] = frozenset()

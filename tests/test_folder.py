@@ -212,7 +212,7 @@ def test_unknown_words(write, refusal):
     error = refusal(write("a.png,1,1,test", "b.png,1,1,Train", "c.png,1,1,train", images=False))
     assert "2 lines have an unknown split: line 2 (test), line 3 (Train); known are train, query, gallery" in error
     error = refusal(write("a.png,-1,1,gallery", "b.png,0,1,gallery", images=False))
-    assert "1 lines have the identity -1: line 2; write junk for it, and distractor where 0 is nobody" in error
+    assert "1 lines have the identity -1: line 2; write junk for identity -1, and distractor where 0 is nobody" in error
 
 
 def test_identity_0_may_be_a_person(write):
@@ -231,9 +231,15 @@ def test_numbers_written_in_two_ways(write, refusal):
 def test_paths_that_lead_out(write, refusal, shop):
     crop().save(shop.parent / "a.png")
     error = refusal(write("../a.png,1,1,train", "b.png,1,1,train", f"{shop / 'b.png'},1,1,train",
-                          "in/../b.png,2,1,train", images=False))
-    assert "3 paths lead out of" in error
-    assert f": ../a.png, {shop / 'b.png'}, in/../b.png;" in error
+                          "in/../../a.png,2,1,train", images=False))
+    assert "3 images do not lie within its folder: ../a.png (line 2) leaves the folder of the CSV" in error
+    assert f"{shop / 'b.png'} (line 4) leaves the folder of the CSV, in/../../a.png (line 5) leaves" in error
+
+
+def test_a_path_that_comes_back_into_the_folder(write, refusal, shop):
+    splits, _, _ = inspect(write("in/../a.png,1,1,train", "./b.png,1,2,train"))
+    assert splits == {"train": {"a.png": (1, 1), "b.png": (1, 2)}}
+    assert "a.png (lines 2, 3)" in refusal(write("in/../a.png,1,1,train", "a.png,1,2,train"))
 
 
 def test_images_that_are_not_there(write, refusal, shop):
@@ -251,7 +257,9 @@ def test_links(write, refusal, shop, tmp_path):
     (shop / "c.png").symlink_to(tmp_path / "elsewhere" / "b.png")
     crop().save(shop / "a.png")
     path = write("a.png,1,1,train", "in/b.png,1,1,train", "c.png,1,1,train", images=False)
-    assert f"2 images are linked from outside {shop}: in/b.png, c.png; put the CSV into" in refusal(path)
+    left = "leaves the folder of the CSV by a symbolic link"
+    assert (f"2 images do not lie within its folder: in/b.png (line 3) {left}, c.png (line 4) {left}; put the CSV into"
+            ) in refusal(path)
     # Within the folder, and to the folder itself, links are as good as files.
     shutil.rmtree(tmp_path / "elsewhere")
     for link, target in (("in", "real"), ("c.png", "a.png")):

@@ -9,7 +9,7 @@ import re
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,7 +25,7 @@ from jlml_jax.datasets.base import (
     open_rgb,
     parse_names,
 )
-from jlml_jax.errors import UserError, first_few
+from jlml_jax.errors import UserError, first_few, printable
 
 SPLITS = ("train", "query", "gallery")
 COLUMNS = ("image", "identity", "camera")  # and, optionally, split
@@ -110,6 +110,10 @@ class Folder(BenchmarkBuilder):
         return Originals(crops, unexpected, {"identities": identities, "cameras": cameras}, tuple(notes))
 
 
+# What a CSV of images may not have as an identity, and what instead.
+JUNK_ADVICE = f"write junk for identity {JUNK}, and distractor where {DISTRACTOR} is nobody"
+
+
 def _refuse(source: Path, offenders: Sequence[str], what: str, remedy: str) -> None:
     """A UserError if there are any `offenders`, which are `what`."""
     if offenders:
@@ -118,8 +122,8 @@ def _refuse(source: Path, offenders: Sequence[str], what: str, remedy: str) -> N
 
 def _read_csv(path: Path) -> tuple[list[_Row], list[str], list[str]]:
     """The images that a CSV lists; no unexpected files; notes."""
-    header, lines = read_table(path, COLUMNS, ("split",))
-    has_split = "split" in header and any(cells["split"] for _, cells in lines)
+    lines, notes = read_table(path, COLUMNS, ("split",))
+    has_split = any(cells.get("split") for _, cells in lines)
     needed = (*COLUMNS, "split") if has_split else COLUMNS
     _refuse(path, [f"line {line} ({', '.join(empty)})" for line, cells in lines
                    if (empty := [column for column in needed if not cells[column]])],
@@ -127,22 +131,19 @@ def _read_csv(path: Path) -> tuple[list[_Row], list[str], list[str]]:
     if has_split:
         _refuse(path, [f"line {line} ({cells['split']})" for line, cells in lines if cells["split"] not in SPLITS],
                 "lines have an unknown split", f"known are {', '.join(SPLITS)}")
-    _refuse(path, [f"line {line}" for line, cells in lines if cells["identity"] == "-1"], "lines have the identity -1",
-            "write junk for it, and distractor where 0 is nobody")
-    _check_paths(path, [(line, cells["image"]) for line, cells in lines])
-    notes = []
-    if unread := [title for title in header if title and title not in (*COLUMNS, "split")]:
-        notes.append(f"columns that are not read: {', '.join(unread)}")
+    _refuse(path, [f"line {line}" for line, cells in lines if cells["identity"] == str(JUNK)],
+            f"lines have the identity {JUNK}", JUNK_ADVICE)
+    names = _paths_within(path, [(line, cells["image"]) for line, cells in lines])
     if any(re.fullmatch("0+", cells["identity"]) for _, cells in lines):
         notes.append("identity 0 is taken for a person; where it is nobody, write distractor")
-    rows = [_Row(path.parent / cells["image"], str(PurePosixPath(cells["image"])), cells["identity"], cells["camera"],
-                 cells["split"] if has_split else "") for _, cells in lines]
+    rows = [_Row(path.parent / name, name, cells["identity"], cells["camera"], cells["split"] if has_split else "")
+            for name, (_, cells) in zip(names, lines, strict=True)]
     return rows, [], notes
 
 
 def read_table(path: Path, needed: Sequence[str], known: Sequence[str] = ()
-               ) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The titles of a CSV, and the number and cells of each further line that is not empty.
+               ) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
+    """The number of each line of a CSV that is not empty, after the first, and its cells by column; notes.
 
     Raises:
         UserError: it is no such file, or it lacks a `needed` column or has one of these or of the `known` ones twice.
@@ -172,26 +173,48 @@ def read_table(path: Path, needed: Sequence[str], known: Sequence[str] = ()
         raise UserError(f"{path} lists no images; add a line for each")
     _refuse(path, [f"line {number} ({len(cells)})" for number, cells in lines if len(cells) != len(header)],
             f"lines have not {len(header)} cells, as the first has", "quote cells with a comma in them")
-    return header, [(number, dict(zip(header, cells, strict=True))) for number, cells in lines]
+    unread = [printable(title) for title in header if title and title not in (*needed, *known)]
+    return ([(number, dict(zip(header, cells, strict=True))) for number, cells in lines],
+            [f"columns that are not read: {', '.join(unread)}"] if unread else [])
 
 
-def _check_paths(path: Path, images: Sequence[tuple[int, str]]) -> None:
-    """A UserError unless all `images` (line, path as given) are different files within the folder of CSV `path`."""
-    root = os.path.realpath(path.parent)
-    _refuse(path, [image for _, image in images if os.path.isabs(image) or ".." in PurePosixPath(image).parts],
-            f"paths lead out of {path.parent}", "images must lie within the CSV's folder")
-    _refuse(path, [image for _, image in images if not os.path.isfile(path.parent / image)],
+def path_within(root: str, file: str) -> str:
+    """The path `file`, relative to the folder `root` (as os.path.realpath has it), without `.` and `..`.
+
+    Raises:
+        ValueError: it leads out of the folder; the message says how.
+    """
+    normal = os.path.normpath(file)
+    # The text first: what lies outside is not even looked at.
+    if os.path.isabs(file) or normal == os.pardir or normal.startswith(os.pardir + os.sep):
+        raise ValueError("leaves the folder of the CSV")
+    if not Path(os.path.realpath(os.path.join(root, normal))).is_relative_to(root):
+        raise ValueError("leaves the folder of the CSV by a symbolic link")
+    return Path(normal).as_posix()
+
+
+def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
+    """The paths of `images` (line, path as given), relative to the folder of CSV `path`.
+
+    A UserError unless all are different files within that folder.
+    """
+    root, names, outside = os.path.realpath(path.parent), [], []
+    for line, image in images:
+        try:
+            names.append(path_within(root, image))
+        except ValueError as error:
+            outside.append(f"{printable(image)} (line {line}) {error}")
+    _refuse(path, outside, "images do not lie within its folder", "put the CSV into the folder in which they lie")
+    _refuse(path, [image for (_, image), name in zip(images, names, strict=True)
+                   if not os.path.isfile(path.parent / name)],
             f"images are not in {path.parent}", "paths start from the CSV's folder, with / between folders")
-    files = [os.path.realpath(path.parent / image) for _, image in images]
-    _refuse(path, [image for (_, image), file in zip(images, files, strict=True)
-                   if os.path.commonpath([root, file]) != root],
-            f"images are linked from outside {path.parent}", "put the CSV into the folder in which they lie")
     lines = defaultdict(list)
-    for (line, _), file in zip(images, files, strict=True):
-        lines[file].append(line)
+    for (line, _), name in zip(images, names, strict=True):
+        lines[os.path.realpath(path.parent / name)].append(line)
     _refuse(path, [f"{os.path.relpath(file, root)} (lines {', '.join(map(str, listed))})"
                    for file, listed in lines.items() if len(listed) > 1],
             "images are listed more than once", "remove the lines too many")
+    return names
 
 
 def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
