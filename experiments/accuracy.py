@@ -18,7 +18,9 @@ from experiments.tables.plan import BENCHMARKS, steps_done, training_seconds, wi
 from experiments.tables.report import markdown_table
 from jlml_jax.checkpoints import RESULTS, with_defaults
 from jlml_jax.errors import UserError, exit_status
-from jlml_jax.evaluate import (
+from jlml_jax.files import write_atomically
+from jlml_jax.logs import read_metrics
+from jlml_jax.result_rows import (
     ACCURACIES,
     RERANKED,
     SCORES,
@@ -28,8 +30,6 @@ from jlml_jax.evaluate import (
     norm_statistics_of,
     without_averaged,
 )
-from jlml_jax.files import write_atomically
-from jlml_jax.logs import read_metrics
 
 FOLDER = Path(__file__).parent / "results" / "accuracy"
 PAGE = FOLDER.with_suffix(".md")
@@ -117,7 +117,8 @@ def _paper(dataset: str) -> str:
             figures = [f"{column.heading} {value:.1f}" for column, value in
                        zip(table.columns, table.rows["JLML"], strict=True)
                        if column.dataset == dataset and value is not None]
-            return f"The paper's Table {name}, pre-trained on ImageNet at 224x224: {', '.join(figures)}."
+            pretraining = "ImageNet, then CUHK03 and Market-1501," if dataset in ("grid", "viper") else "ImageNet"
+            return f"The paper's Table {name}, pre-trained on {pretraining} at 224x224: {', '.join(figures)}."
     return ""
 
 

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax import export as jax_export
+from jax.sharding import Mesh
 
 from jlml_jax import calibration, parallel, provenance
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import SavedRun, load_run
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError, exit_status, first_few, printable
-from jlml_jax.evaluate import make_forward, matching_features
 from jlml_jax.extractor import Extractor
 from jlml_jax.files import check_output, user_path, write_output
 from jlml_jax.models import build_model
@@ -77,8 +77,8 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
     check_output(output)
     build = _onnx_builder() if file_format == "onnx" else _build_stablehlo
 
-    run = load_run(workdir)
-    thresholds = _thresholds_of(run, camera)
+    run, mesh = load_run(workdir), parallel.make_mesh(jax.local_devices()[:1])
+    thresholds = _thresholds_of(run, mesh, camera)
     if camera is not None:
         known = run.cameras.cameras if run.cameras else ()
         if camera not in known:
@@ -89,9 +89,7 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
     # By default GPUs and TPUs multiply with 10 bits of mantissa or fewer, which misses the tolerance by itself.
     with jax.default_matmul_precision("highest"):
         images = synthetic_drawing.draw_crops(max(BATCH_SIZES), run.config.data.height, run.config.data.width)
-        expected = _features_of_run(run, images)
-        if not np.isfinite(expected).all():
-            raise UserError(f"{workdir} gives features that are not finite; its weights are unusable: train again")
+        expected = Extractor(dataclasses.replace(run, cameras=None), mesh)(images)
         metadata = _describe(run, signature, expected.shape[1]) | ({} if camera is None else {"camera": camera})
         if thresholds is not None:
             metadata["calibration"] = thresholds
@@ -109,9 +107,9 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
           f"agrees with the run on {max(BATCH_SIZES)} drawn people to {error:.1e} of the features' norm")
 
 
-def _thresholds_of(run: SavedRun, camera: str | None) -> dict[str, Any] | None:
+def _thresholds_of(run: SavedRun, mesh: Mesh, camera: str | None) -> dict[str, Any] | None:
     """The run's calibration, if it is of such features as the graph will give."""
-    found = calibration.load(run.workdir, Extractor(run, parallel.make_mesh(jax.local_devices()[:1])))
+    found = calibration.load(run.workdir, Extractor(run, mesh))
     if found is not None and run.cameras and camera is None:
         print(f"{calibration.FILE} is left out: it is of features by each camera's statistics, and the graph goes by "
               "those of all cameras together; --camera makes one that goes by a camera's")
@@ -222,14 +220,6 @@ def _as_input(images: np.ndarray, signature: str, data: ml_collections.ConfigDic
         return images
     images = (images / 255 - np.array(data.mean)) / np.array(data.std)
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32)
-
-
-def _features_of_run(run: SavedRun, images: np.ndarray) -> np.ndarray:
-    """The run's own matching features [B, dim] of crops uint8 [B, H, W, 3]: as evaluation computes them."""
-    forward = make_forward(build_model(run.config, 0), run.config, parallel.make_mesh(jax.local_devices()[:1]))
-    features = {branch: np.asarray(values) for branch, values in forward(run.variables, images).items()}
-    matching = matching_features(features, run.config.evaluate.normalize)
-    return np.asarray(list(matching.values())[-1])  # joint where there are two branches
 
 
 def _max_relative_error(embed: Embed, images: np.ndarray, expected: np.ndarray) -> float:

@@ -90,8 +90,7 @@ class Extractor:
             variables = self._variables_of([*cameras[start:start + size], *[""] * (size - len(rows))])
             branches = self._forward(variables, parallel.shard_batch(padded, self._mesh))
             branches = {name: np.asarray(values, np.float32)[:len(rows)] for name, values in branches.items()}
-            matching = evaluate.matching_features(branches, self._normalize)
-            features[start:start + size] = list(matching.values())[-1]  # joint where there are two branches
+            features[start:start + size] = evaluate.matching_feature(branches, self._normalize)
         if not np.isfinite(features).all():
             raise UserError("features are not finite; the weights are unusable: train again")
         return features

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jlml_jax.datasets.base import Split, decode_image
+from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.images import decode_image
 from jlml_jax.datasets.stored import StoredImages
 from jlml_jax.errors import UserError
 

@@ -12,7 +12,8 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import BenchmarkBuilder, Crop, count, decode_image
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, count
+from jlml_jax.datasets.images import decode_image
 from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.files import user_path
 

@@ -18,7 +18,17 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from jlml_jax import calibration, datasets, evaluate, metrics, norm_statistics, parallel, pictures, protocols
+from jlml_jax import (
+    calibration,
+    datasets,
+    evaluate,
+    metrics,
+    norm_statistics,
+    parallel,
+    pictures,
+    protocols,
+    result_rows,
+)
 from jlml_jax.checkpoints import RESULTS, SavedRun, load_run
 from jlml_jax.datasets import Names
 from jlml_jax.datasets.base import DISTRACTOR, Split
@@ -145,17 +155,17 @@ def _tables(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(key, []).append(row)
     tables = []
     for (dataset, protocol, trained_on, _, incomplete, _), group in groups.items():
-        columns = evaluate.columns_of(group)
+        columns = result_rows.columns_of(group)
         sizes = [("images", "num_images"), ("classes", "num_classes"), ("queries", "num_queries"),
                  ("gallery images", "num_gallery")]
         size = {f"{row[field]:,.10g} {what}": None for what, field in sizes for row in group[:1] if field in row}
-        trials = len({str(row["trial"]) for row in group}) > 1 or any(map(evaluate.averaged_over, group))
+        trials = len({str(row["trial"]) for row in group}) > 1 or any(map(result_rows.averaged_over, group))
         tables.append({
             "title": f"{dataset}, {protocol}" + (f", by the network trained on {trained_on}" if trained_on else "")
-                     + (f"; {statistics}" if (statistics := evaluate.norm_statistics_of(group[0])) else ""),
+                     + (f"; {statistics}" if (statistics := result_rows.norm_statistics_of(group[0])) else ""),
             "size": ", ".join(size), "incomplete": incomplete, "trials": trials,
-            "columns": [evaluate.TITLES[column] for column in columns],
-            "rows": [{"trial": f"mean of {mean}" if (mean := evaluate.averaged_over(row)) else row["trial"],
+            "columns": [result_rows.TITLES[column] for column in columns],
+            "rows": [{"trial": f"mean of {mean}" if (mean := result_rows.averaged_over(row)) else row["trial"],
                       "mean": bool(mean), "feature": row["feature"],
                       "normalize": row.get("normalize", ""),
                       "cells": [(row.get(column), row.get(f"{column}_std")) for column in columns]} for row in group],

@@ -34,6 +34,7 @@ from jlml_jax import (
     profiling,
     protocols,
     provenance,
+    result_rows,
     sampling,
 )
 from jlml_jax.checkpoints import (
@@ -450,7 +451,7 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
                         | {"feature": "untrained network"})
         rows += evaluate.evaluate_trials([trial], features, config.evaluate, products)
         if config.evaluate.picture and jax.process_index() == 0:
-            joint = [list(evaluate.matching_features(features(split), config.evaluate.normalize).values())[-1]
+            joint = [evaluate.matching_feature(features(split), config.evaluate.normalize)
                      for split in (trial.query, trial.gallery)]
             pictures.ranked_lists(trial, *joint, run.workdir / "ranked.png")
     for tests in run.others:
@@ -459,10 +460,10 @@ def _evaluate(run: _Run, state: TrainState, started: float) -> list[dict[str, An
         else:
             others = [row for test in tests
                       for row in evaluate.evaluate_trials([test], features_of(test), config.evaluate, products)]
-            others += evaluate.mean_rows(others) if len(tests) > 1 else []
+            others += result_rows.mean_rows(others) if len(tests) > 1 else []
         rows += [row | {"trained_on": trial.dataset, "trained_trial": trial.number} for row in others]
     if rows:
-        print(evaluate.format_rows(rows), flush=True)
+        print(result_rows.format_rows(rows), flush=True)
     else:
         print(f"{trial.dataset} has no test; evaluate the run on other data sets with --config.evaluate.datasets",
               flush=True)
@@ -503,10 +504,10 @@ def _collect_trials(workdir: Path, settings: ml_collections.ConfigDict, source: 
               f"{first_few([folder.name for folder in unlike])}; --mode=evaluate evaluates them again", flush=True)
     alike = [row for folder, trial in trials.items() if folder not in unlike for row in trial["rows"]]
     others = [row for row in alike if "trained_trial" in row]
-    means = evaluate.mean_rows([row for row in alike if "trained_on" not in row])
-    means += evaluate.mean_rows(evaluate.without_averaged(others), over="trained_trial")
+    means = result_rows.mean_rows([row for row in alike if "trained_on" not in row])
+    means += result_rows.mean_rows(result_rows.without_averaged(others), over="trained_trial")
     if means:
-        print(evaluate.format_rows(means), flush=True)
+        print(result_rows.format_rows(means), flush=True)
     of_trials = [trial["provenance"] for trial in trials.values()]
     command, source = source, source | {name: of_trials[0][name] for name in ("seed", "steps")} | {
         "train_fingerprint": [one["train_fingerprint"] for one in of_trials],

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jlml_jax.datasets.base import JUNK, open_rgb, resize
+from jlml_jax.datasets.base import JUNK
 from jlml_jax.datasets.folder import JUNK_ADVICE, NAME, identity_of, path_within, read_table
+from jlml_jax.datasets.images import open_rgb, resize
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.files import user_path
 

@@ -6,7 +6,7 @@ import pytest
 
 from configs import default
 from experiments import accuracy
-from jlml_jax.evaluate import SCORES
+from jlml_jax.result_rows import SCORES
 
 LINES = [{"step": 100, "loss": 6.0, "images_per_second": 32.0, "seconds": 100.0},
          {"step": 150, "loss": 5.0, "images_per_second": 16.0, "seconds": 200.0}]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from jlml_jax import evaluate, metrics, parallel, pictures, prepare, protocols, reranking
+from jlml_jax import evaluate, metrics, parallel, pictures, prepare, protocols, reranking, result_rows
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.base import Split
@@ -246,7 +246,7 @@ def test_features_that_tell_persons_apart_score_one(trial):
 
     row, = evaluate.evaluate_trials([trial], one_hot, default.get_config().evaluate)
     assert row["feature"] == "local" and all(row[field] == 1 for field in FRACTIONS)
-    table = evaluate.format_rows([row])
+    table = result_rows.format_rows([row])
     assert "single-query" in table and "20 queries" in table and "39 gallery" in table
     assert table.splitlines()[-1].split() == ["local"] + ["100.0"] * 7
 
@@ -260,7 +260,7 @@ def test_of_several_trials_the_table_shows_the_mean(trial):
     trials = [trial, dataclasses.replace(trial, number=1, incomplete="")]
     rows = evaluate.evaluate_trials(trials, extract, default.get_config().evaluate)
     assert [row["trial"] for row in rows] == [0, 1, "mean"]
-    title, _, line = evaluate.format_rows(rows).splitlines()
+    title, _, line = result_rows.format_rows(rows).splitlines()
     assert "mean of 2 trials" in title
     mean, deviation = np.mean([row["rank1"] for row in rows[:2]]), np.std([row["rank1"] for row in rows[:2]], ddof=1)
     assert line.split()[1:4] == [f"{100 * mean:.1f}", "±", f"{100 * deviation:.1f}"]
@@ -279,11 +279,11 @@ def test_re_ranking_has_columns_of_its_own(trial):
     for row, without in zip(rows, plain, strict=True):
         assert {field: row[field] for field in without} == without
         added = row.keys() - without.keys()
-        assert {field.removesuffix("_std") for field in added} == {f"reranked_{score}" for score in evaluate.SCORES}
+        assert {field.removesuffix("_std") for field in added} == {f"reranked_{score}" for score in result_rows.SCORES}
     reranked = reranking.Reranking(*(extract(split)["global"] for split in (trial.query, trial.gallery)))
     expected = metrics.rank_blocks(reranked.distances, *evaluate.labels_of(trial))
     assert rows[0]["reranked_mean_ap"] == expected.mean_ap != rows[0]["mean_ap"]
-    _, header, line = evaluate.format_rows(rows).splitlines()
+    _, header, line = result_rows.format_rows(rows).splitlines()
     assert header.split("mINP")[1].split() == ["R1", "re-r.", "mAP", "re-r."] and line.count("±") == 9
     drawn = dataclasses.replace(trial, single_gallery_shot=True)
     assert evaluate.evaluate_trials([drawn], extract, config)[0].keys() == FIELDS
@@ -298,7 +298,7 @@ def test_means_are_of_what_all_trials_have(trial):
         config.update(fields)
         return evaluate.evaluate_trials([dataclasses.replace(trial, number=number)], extract, config)
 
-    mean, = evaluate.mean_rows(rows_of(0, reranking=True) + rows_of(1))
+    mean, = result_rows.mean_rows(rows_of(0, reranking=True) + rows_of(1))
     assert mean["trials"] == [0, 1] and "rank1_std" in mean
     assert not [field for field in mean if field.startswith("reranked")]
 
@@ -311,7 +311,7 @@ def test_a_table_has_the_columns_that_any_of_its_rows_has(trial):
     config.reranking, config.norm_statistics = True, "camera"
     row, = evaluate.evaluate_trials([trial], extract, config)
     chance = {field: value for field, value in row.items() if "reranked" not in field and field != "norm_statistics"}
-    _, statistics, header, first, second = evaluate.format_rows([chance | {"feature": "chance"}, row]).splitlines()
+    _, statistics, header, first, second = result_rows.format_rows([chance | {"feature": "chance"}, row]).splitlines()
     assert "each camera's" in statistics and header.endswith("mAP re-r.")
     assert len(first.split()) == 8 and len(second.split()) == 10
 

@@ -18,8 +18,8 @@ from test_prepare import WITHOUT_TENSORFLOW
 from configs import default
 from jlml_jax import datasets, input_pipeline, prepare, protocols
 from jlml_jax.datasets import folder
-from jlml_jax.datasets.base import decode_image
 from jlml_jax.datasets.folder import Folder
+from jlml_jax.datasets.images import decode_image
 from jlml_jax.errors import UserError
 
 HEADER = "image,identity,camera,split"

@@ -17,7 +17,8 @@ from PIL import Image
 from configs import default
 from jlml_jax import device_data, input_pipeline, parallel, sampling
 from jlml_jax.augment import augment, normalise
-from jlml_jax.datasets.base import Split, decode_image, resize
+from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.images import decode_image, resize
 from jlml_jax.datasets.stored import StoredImages
 from jlml_jax.errors import UserError
 

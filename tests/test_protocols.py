@@ -22,7 +22,7 @@ from PIL import Image
 from reference_ranking import assert_equal, score, score_single_shot, squared_distances
 
 from configs import default
-from jlml_jax import evaluate, metrics, prepare, protocols
+from jlml_jax import evaluate, metrics, prepare, protocols, result_rows
 from jlml_jax.datasets.base import Split
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import PARTITIONS, Grid
@@ -585,7 +585,7 @@ def assert_means(means, rows):
     assert [(row["protocol"], row["feature"]) for row in means] == list(groups)
     for mean, group in zip(means, groups.values(), strict=True):
         assert mean["trials"] == [row["trial"] for row in group]
-        for field in evaluate.SCORES:
+        for field in result_rows.SCORES:
             values = [row[field] for row in group]
             assert mean[field] == pytest.approx(statistics.mean(values), abs=1e-12)
             assert mean[f"{field}_std"] == pytest.approx(statistics.stdev(values), abs=1e-12)
@@ -635,7 +635,7 @@ def test_normalised_features_equal_brute_force(config, normalize):
 def test_the_mean_of_one_trial_is_none(config, recwarn):
     trial, = trials_of("market1501", config)
     rows = evaluate.evaluate_trials([trial], features_of, config.evaluate)
-    assert evaluate.mean_rows(rows) == []
+    assert result_rows.mean_rows(rows) == []
     assert not recwarn.list  # NumPy's, of a standard deviation with no degree of freedom
 
 

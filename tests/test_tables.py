@@ -16,7 +16,7 @@ from configs import market1501, modern, synthetic
 from experiments.tables import __main__ as command
 from experiments.tables import figures, plan, published, size, timing
 from experiments.tables.report import Outcome, Report, outcomes
-from jlml_jax import datasets, evaluate
+from jlml_jax import datasets, result_rows
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
@@ -368,7 +368,7 @@ def write_run(run, scores, normalize="none"):
         folder = run.folder / f"trial-{trial:02d}" if len(scores) > 1 else run.folder
         (folder / "checkpoints" / str(run.config.train.steps)).mkdir(parents=True)
         row = {"dataset": run.config.data.name, "protocol": "single-query", "trial": trial, "feature": "joint",
-               "normalize": normalize} | dict.fromkeys(evaluate.SCORES, rank1)
+               "normalize": normalize} | dict.fromkeys(result_rows.SCORES, rank1)
         rows = [row, row | {"feature": "chance", "rank1": 0.0}, row | {"trained_on": "grid", "rank1": 0.0}]
         (folder / "results.json").write_text(json.dumps({"rows": rows}))
     (run.folder / "config.json").write_text(run.config.to_json())

@@ -164,13 +164,13 @@ def images(folder: Path) -> Target:
     """Image files."""
     from PIL import ExifTags, Image
 
-    from jlml_jax.datasets import base
     from jlml_jax.datasets import folder as own
+    from jlml_jax.datasets.images import open_rgb, resize
 
     def read(data: bytes) -> None:
         own._upright(data, "x")
         for upright in (False, True):
-            base.resize(base.open_rgb(data, "x", upright=upright), 32, 16)
+            resize(open_rgb(data, "x", upright=upright), 32, 16)
 
     Image.init()
     rng = np.random.default_rng(0)

@@ -16,10 +16,10 @@ from jlml_jax import evaluate, norm_statistics, parallel, protocols
 from jlml_jax.checkpoints import RESULTS, load_run, trial_folders
 from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError
-from jlml_jax.evaluate import REPORTED_RANKS
 from jlml_jax.files import user_path
 from jlml_jax.logs import read_metrics
 from jlml_jax.models import build_model, init_variables
+from jlml_jax.result_rows import REPORTED_RANKS
 
 NEAR_ZERO = 1e-3  # a weight below this in absolute value counts as near zero
 _STYLES = {"global": "-", "local": "--", "joint": ":"}

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jlml_jax.evaluate import TITLES
+from jlml_jax.result_rows import TITLES
 
 _PAPER = json.loads((Path(__file__).parents[1] / "paper_tables.json").read_text())
 

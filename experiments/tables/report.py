@@ -11,7 +11,7 @@ import numpy as np
 from experiments.tables import published
 from experiments.tables.plan import Run, Table, without_paths
 from experiments.tables.published import OUR_SCORE, Column, PublishedTable
-from jlml_jax.evaluate import SCORES
+from jlml_jax.result_rows import SCORES
 
 MULTI_QUERY = "multi-query"
 _CSV_FIELDS = ("table", "dataset", "line", "query", "score", "unit", "paper", "citation", "ours", "deviation",

@@ -8,7 +8,8 @@ import h5py
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, drop_unmatched, encode_png, unpacked_root
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, drop_unmatched, unpacked_root
+from jlml_jax.datasets.images import encode_png
 from jlml_jax.datasets.matlab import integers, read_mat
 from jlml_jax.errors import UserError, first_few
 

@@ -15,16 +15,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import ExifTags, Image
 
-from jlml_jax.datasets.base import (
-    DISTRACTOR,
-    JUNK,
-    BenchmarkBuilder,
-    Crop,
-    Originals,
-    encode_png,
-    open_rgb,
-    parse_names,
-)
+from jlml_jax.datasets.base import DISTRACTOR, JUNK, BenchmarkBuilder, Crop, Originals, parse_names
+from jlml_jax.datasets.images import encode_png, open_rgb
 from jlml_jax.errors import UserError, first_few, printable
 
 SPLITS = ("train", "query", "gallery")

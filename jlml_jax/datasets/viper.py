@@ -6,16 +6,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from jlml_jax.datasets.base import (
-    BenchmarkBuilder,
-    Crop,
-    Originals,
-    decode_image,
-    drop_unmatched,
-    encode_png,
-    parse_names,
-    unpacked_root,
-)
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, drop_unmatched, parse_names, unpacked_root
+from jlml_jax.datasets.images import decode_image, encode_png
 
 ROOT = "VIPeR"
 FOLDERS = ("cam_a", "cam_b")  # cameras 1 and 2; the splits have the same names
