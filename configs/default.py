@@ -76,12 +76,12 @@ def get_config() -> ConfigDict:
     # 0: an epoch has every image once, in random order. Else batches are of so many images a person, the persons in
     # random order; one's last images in an epoch are filled up with others of theirs.
     train.images_per_identity = 0
-    # Parts that the batch is computed in, one after another, where it does not fit in memory; gradients are averaged.
-    # BN normalises each part by its own statistics and updates the running ones with every part: a smaller batch's BN.
+    # Gradient accumulation: the number of micro-batches that a batch is computed in, where it does not fit in memory.
+    # BN normalises each by its own statistics and updates the running ones with each: a smaller batch's BN.
     train.accumulation_steps = 1
     # Batch normalisation by the statistics of an image's camera in the batch, not the whole batch's: for a test with
-    # evaluate.norm_statistics=camera, which is not for batches of more cameras than a few images each can be of.
-    # What knows no cameras (extract, search, export) goes by running statistics of all.
+    # evaluate.norm_statistics=camera. A batch must have several images of each camera. The running statistics are of
+    # all cameras together; extract, search and export have each camera's after jlml_jax.adapt --by_camera.
     train.norm_by_camera = False
     train.dtype = "auto"  # of convolutions: float32, bfloat16; auto: bfloat16 on GPU and TPU. Inference is in float32
     train.steps_per_dispatch = 0  # at most, with all images on the devices; 0: 25, and 1 on a CPU

@@ -2,7 +2,7 @@
 
 First: python -m jlml_jax.unpack --workdir=runs/pretrained. The network and the input's size are that run's; from
 another one, give its --config.init_from, --config.data.height and --config.data.width. The triplet loss, its weight,
-the colour jitter and the steps were chosen on people of VIPeR, held out (experiments/results/README.md), who have two
+the colour jitter and the steps were chosen on people of VIPeR, held out (experiments/results/transfer.md), who have two
 images each; with more images take more steps, and more --config.train.images_per_identity.
 """
 

@@ -1,7 +1,7 @@
 """Market-1501, the modern recipe; the other benchmarks by --config.data.name=viper|grid|cuhk03/detected.
 
 JLML's network and losses, trained from the weights of Tiny-ImageNet-200 (--config.init_from) or from random ones, with
-what has become usual since. Judged on held-out people at a small scale (experiments/results/README.md): by three seeds
+what has become usual since. Judged on held-out people at a small scale (experiments/results/studies.md): by three seeds
 the start, which takes the spread over seeds away, the penalties' weights, normalisation, flip-averaging and label
 smoothing, which costs rank-1 there; by one seed the other ingredients. What counts there is the length of training and
 of pre-training, and the input's size: 256x128 gains over this one, which a CPU can afford. A triplet loss gains in a

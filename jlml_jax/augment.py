@@ -27,7 +27,7 @@ def step_key(seed: int, step: jax.Array | int) -> jax.Array:
 
 
 def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDict, data: ml_collections.ConfigDict,
-            axis_name: str | None = None, parts: int = 1) -> jax.Array:
+            axis_name: str | None = None, micro_batches: int = 1) -> jax.Array:
     """Random changes to a batch of uint8 crops [b, h, w, 3], independent for each, at the network's input size.
 
     Smaller crops are resized by bilinear interpolation: so they travel, and lie on the device, in their own few bytes.
@@ -39,7 +39,7 @@ def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDi
     """
     devices = jax.lax.axis_size(axis_name) if axis_name else 1
     device = jax.lax.axis_index(axis_name) if axis_name else 0
-    keys = sampling.device_rows(jax.random.split(key, devices * len(images)), devices, parts)[device]
+    keys = sampling.device_rows(jax.random.split(key, devices * len(images)), devices, micro_batches)[device]
     return jax.vmap(functools.partial(_augment_one, settings, data))(keys, images)
 
 

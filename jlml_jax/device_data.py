@@ -33,14 +33,14 @@ def place(split: Split, labels: np.ndarray, height: int, width: int, mesh: Mesh,
         DeviceData(split.decode(height, width), labels.astype(np.int32), groups, cameras), mesh)
 
 
-def draw(data: DeviceData, seed: int, step: jax.Array, batch_size: int, axis_name: str, parts: int = 1
+def draw(data: DeviceData, seed: int, step: jax.Array, batch_size: int, axis_name: str, micro_batches: int = 1
          ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """This device's rows (images, labels, cameras) of the global batch at `step`; called inside the per-device step.
 
-    With the batch in `parts`, one after another, its rows of the first, then those of the second, and so on.
+    Its rows of the first of the `micro_batches` come first, then those of the second, and so on.
     """
     indices = sampling.batch_indices(seed, step, len(data.labels), batch_size, data.groups)
-    indices = sampling.device_rows(indices, jax.lax.axis_size(axis_name), parts)[jax.lax.axis_index(axis_name)]
+    indices = sampling.device_rows(indices, jax.lax.axis_size(axis_name), micro_batches)[jax.lax.axis_index(axis_name)]
     return jax.tree.map(lambda rows: jnp.take(rows, indices, axis=0), (data.images, data.labels, data.cameras))
 
 

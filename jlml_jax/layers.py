@@ -23,7 +23,9 @@ import jax.numpy as jnp
 import optax
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-SHARED_EXAMPLES = 2  # of all images are counted with those of a group
+# The statistics of a camera's images are shrunk towards those of all images, as if it had so many more images that have
+# these: one or two images are no estimate.
+GLOBAL_PSEUDO_COUNT = 2
 _FEW_CHANNELS = 4  # at most so many input channels are convolved as patches
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # He et al. 2015: not truncated
 
@@ -123,9 +125,9 @@ class BatchNorm(nn.Module):
     The variance is E[x^2] - E[x]^2, so that one pass over `x` and one all-reduce give both moments. Statistics are
     float32 whatever the compute type. The running variance is the biased one, as in Flax.
 
-    With `groups`, float32 [B, G], one-hot, an example is normalised in training by the statistics of its group's in the
-    batch (of its camera's: Zhuang et al. 2020). To these `SHARED_EXAMPLES` of the whole batch are added, since those of
-    one or two examples would be no estimate. The running statistics stay those of the whole batch.
+    With `cameras`, float32 [B, number of cameras], one-hot, an example is normalised in training by the statistics of
+    its camera's examples in the batch (Zhuang et al. 2020), shrunk by `GLOBAL_PSEUDO_COUNT` towards the whole batch's.
+    The running statistics stay those of the whole batch.
 
     At test the statistics, [channels], may also be each example's own: [B, channels] in the place of the running ones.
     """
@@ -136,7 +138,7 @@ class BatchNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, groups: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, cameras: jax.Array | None = None) -> jax.Array:
         # XLA's CPU backend sums over one axis up to eight times as fast as over three.
         shape, features = x.shape, x.shape[-1]
         x = x.reshape(-1, features)
@@ -145,13 +147,13 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (features,))
         if train:
-            moments, by_group = self._moments(x.astype(jnp.float32), groups)
+            moments, by_camera = self._moments(x.astype(jnp.float32), cameras)
             mean, var = _mean_and_variance(moments)
             if not self.is_initializing():
                 running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
                 running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
-            if groups is not None:
-                mean, var = (_exact("bg,gc->bc", groups, values) for values in _mean_and_variance(by_group))
+            if cameras is not None:
+                mean, var = (_exact("bk,kc->bc", cameras, values) for values in _mean_and_variance(by_camera))
         else:
             mean, var = running_mean.value, running_var.value
         multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
@@ -161,19 +163,19 @@ class BatchNorm(nn.Module):
             multiplier, offset = multiplier[:, None], offset[:, None]
         return (x * multiplier + offset).astype(self.dtype).reshape(shape)
 
-    def _moments(self, x: jax.Array, groups: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """E[x] and E[x^2] of `x` [pixels of all examples, C], [2, C], and by group, [2, G, C], if there are any."""
+    def _moments(self, x: jax.Array, cameras: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """E[x] and E[x^2] of `x` [pixels of all examples, C], [2, C]; by camera, [2, cameras, C], if they are given."""
         on_mesh = self.axis_name is not None and not self.is_initializing()
-        if groups is None:
+        if cameras is None:
             moments = jnp.stack([x.mean(0), jnp.square(x).mean(0)])
             return jax.lax.pmean(moments, self.axis_name) if on_mesh else moments, None
-        x = x.reshape(len(groups), -1, x.shape[-1])
-        sums = _exact("bg,mbc->mgc", groups, jnp.stack([x.mean(1), jnp.square(x).mean(1)]))
-        counts = groups.sum(0)
+        x = x.reshape(len(cameras), -1, x.shape[-1])
+        sums = _exact("bk,mbc->mkc", cameras, jnp.stack([x.mean(1), jnp.square(x).mean(1)]))
+        counts = cameras.sum(0)
         if on_mesh:
             sums, counts = jax.lax.psum((sums, counts), self.axis_name)
         moments = sums.sum(1) / counts.sum()
-        return moments, (sums + SHARED_EXAMPLES * moments[:, None]) / (counts + SHARED_EXAMPLES)[:, None]
+        return moments, (sums + GLOBAL_PSEUDO_COUNT * moments[:, None]) / (counts + GLOBAL_PSEUDO_COUNT)[:, None]
 
 
 # Statistics are not to be rounded, as the default precision of a TPU and of a GPU's tensor cores would.

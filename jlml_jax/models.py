@@ -34,14 +34,14 @@ class ResidualUnit(nn.Module):
     norm: type[nn.Module]
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, groups: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, cameras: jax.Array | None = None) -> jax.Array:
         inner, outer = self.features
-        y = nn.relu(self.norm(name="norm1")(self.conv(inner, 1, self.stride, name="conv1")(x), train, groups))
-        y = nn.relu(self.norm(name="norm2")(self.conv(inner, 3, name="conv2")(y), train, groups))
-        y = self.norm(name="norm3")(self.conv(outer, 1, name="conv3")(y), train, groups)
+        y = nn.relu(self.norm(name="norm1")(self.conv(inner, 1, self.stride, name="conv1")(x), train, cameras))
+        y = nn.relu(self.norm(name="norm2")(self.conv(inner, 3, name="conv2")(y), train, cameras))
+        y = self.norm(name="norm3")(self.conv(outer, 1, name="conv3")(y), train, cameras)
         if self.stride != 1 or x.shape[-1] != outer:
             x = self.conv(outer, 1, self.stride, name="shortcut_conv")(x)
-            x = self.norm(name="shortcut_norm")(x, train, groups)
+            x = self.norm(name="shortcut_norm")(x, train, cameras)
         return nn.relu(x + y)
 
 
@@ -58,12 +58,12 @@ class Tower(nn.Module):
     norm: type[nn.Module]
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, groups: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, cameras: jax.Array | None = None) -> jax.Array:
         for stage, width in enumerate(self.widths):
             for unit in range(self.depth):
                 stride = 2 if stage > 0 and unit == 0 else 1
                 x = ResidualUnit((width, 2 * width), stride, self.conv, self.norm,
-                                 name=f"conv{stage + 2}_{unit + 1}")(x, train, groups)
+                                 name=f"conv{stage + 2}_{unit + 1}")(x, train, cameras)
             self.sow("intermediates", f"conv{stage + 2}", x)
         return x.astype(jnp.float32).mean((1, 2))
 
@@ -76,8 +76,8 @@ class Stem(nn.Module):
     norm: type[nn.Module]
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool, groups: jax.Array | None = None) -> jax.Array:
-        return nn.relu(self.norm(name="norm")(self.conv(self.features, 3, 2, name="conv")(images), train, groups))
+    def __call__(self, images: jax.Array, train: bool, cameras: jax.Array | None = None) -> jax.Array:
+        return nn.relu(self.norm(name="norm")(self.conv(self.features, 3, 2, name="conv")(images), train, cameras))
 
 
 class Head(nn.Module):
@@ -88,10 +88,10 @@ class Head(nn.Module):
     relu: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, groups: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, cameras: jax.Array | None = None) -> jax.Array:
         x = nn.Dense(self.dim, kernel_init=he_normal, name="fc")(x)
         if self.norm is not None:
-            x = self.norm(name="norm")(x, train, groups)
+            x = self.norm(name="norm")(x, train, cameras)
         return nn.relu(x) if self.relu else x
 
 
@@ -141,7 +141,7 @@ class JLML(nn.Module):
         return BRANCHES if self.branches == "both" else (self.branches,)
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, groups: jax.Array | None = None
+    def __call__(self, images: jax.Array, train: bool = False, cameras: jax.Array | None = None
                  ) -> dict[str, dict[str, jax.Array]]:
         conv = functools.partial(Conv, native=self.native, dtype=self.dtype)
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, momentum=self.norm_momentum,
@@ -152,14 +152,14 @@ class JLML(nn.Module):
         for branch in self.active_branches():
             name = "stem" if self.shared_stem else f"{branch}_stem"
             if name not in stems:
-                stems[name] = Stem(self.stem_features, conv, norm, name=name)(images, train, groups)
+                stems[name] = Stem(self.stem_features, conv, norm, name=name)(images, train, cameras)
 
         features = {}
         for branch in self.active_branches():
             x = stems["stem" if self.shared_stem else f"{branch}_stem"]
             if branch == "global":
                 x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)), native=self.native)
-                x = Tower(self.global_widths, self.depth, conv, norm, name="global_tower")(x, train, groups)
+                x = Tower(self.global_widths, self.depth, conv, norm, name="global_tower")(x, train, cameras)
                 head = Head(self.global_feature_dim, feature_norm, self.feature_relu, name="global_head")
             else:
                 # Towers of identical shape but own weights, each for itself, which XLA runs concurrently: on a CPU a
@@ -169,10 +169,10 @@ class JLML(nn.Module):
                     # One row padded below keeps the height: the table's "2x2 MP, S-1" whose output is 28x56.
                     strip = max_pool(strip, (2, 2), (1, 2), ((0, 1), (0, 0)), native=self.native)
                     pooled.append(Tower(self.local_widths, self.depth, conv, norm,
-                                        name=f"local_tower_{j}")(strip, train, groups))
+                                        name=f"local_tower_{j}")(strip, train, cameras))
                 x = jnp.concatenate(pooled, axis=-1)  # strip-major, which the exclusive penalty relies on
                 head = Head(self.local_feature_dim, feature_norm, self.feature_relu, name="local_head")
-            features[branch] = head(x, train, groups)
+            features[branch] = head(x, train, cameras)
 
         logits = {}
         if self.num_identities:

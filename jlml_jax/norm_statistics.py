@@ -20,7 +20,7 @@ from jlml_jax import augment, parallel
 from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError
 from jlml_jax.evaluate import FeatureCache, Features, decode_batches
-from jlml_jax.layers import SHARED_EXAMPLES
+from jlml_jax.layers import GLOBAL_PSEUDO_COUNT
 from jlml_jax.protocols import Trial
 
 MOST_IMAGES = 1_024  # of a camera or a data set: eight batches
@@ -56,9 +56,9 @@ def of_images(statistics: Statistics, variables: Any, split: Split, data: ml_col
 def of_camera(own: Any, number: int, of_all: Any) -> Any:
     """A camera's `batch_stats`, from those of its `number` images and those of all cameras' images together.
 
-    To its images `SHARED_EXAMPLES` of all are added, as in training: they count where it has a few.
+    They are shrunk by `GLOBAL_PSEUDO_COUNT` towards those of all, as in training: which counts where it has few.
     """
-    share = SHARED_EXAMPLES / (number + SHARED_EXAMPLES)
+    share = GLOBAL_PSEUDO_COUNT / (number + GLOBAL_PSEUDO_COUNT)
     return _from_moments(jax.tree.map(lambda own, shared: (1 - share) * own + share * shared,
                                       _moments(own), _moments(of_all)))
 

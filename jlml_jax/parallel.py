@@ -263,7 +263,9 @@ def refuse_differing(described: dict[str, Any]) -> None:
 
 
 def make_any_stop(mesh: Mesh) -> Callable[[int], Any]:
-    """A function of this process's number to an array: the largest number of all processes, not waited for.
+    """A function of the signal that this process was sent (0: none) to an array, the largest of all processes' signals.
+
+    The array is not waited for.
 
     Every process must call it equally often. On one process it gives the number itself and runs nothing.
     """
@@ -289,13 +291,13 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(sorted(devices, key=lambda device: (device.process_index, device.id))), (BATCH_AXIS,))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
-    """Refuses a global batch that the mesh's devices, each in `parts` parts, do not divide."""
-    unit = mesh.size * parts
+def check_batch_size(batch_size: int, mesh: Mesh, field: str, micro_batches: int = 1) -> None:
+    """Refuses a global batch that the mesh's devices, in `micro_batches` micro-batches, do not divide."""
+    unit = mesh.size * micro_batches
     if batch_size < 1 or batch_size % unit:
         lower = batch_size // unit * unit or unit
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        accumulated = f" in train.accumulation_steps={parts} parts" if parts > 1 else ""
+        accumulated = (f" in train.accumulation_steps={micro_batches} micro-batches" if micro_batches > 1 else "")
         raise UserError(f"{field}={batch_size} does not divide over {mesh.size} devices{processes}{accumulated}; "
                         f"use a multiple of {unit}, such as {lower}")
 

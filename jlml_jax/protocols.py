@@ -53,7 +53,7 @@ class Trial:
         """The classes of images of training identities, int64 [N]."""
         return np.searchsorted(self.identities(), split.identities)
 
-    def cameras(self) -> np.ndarray:
+    def camera_one_hot(self) -> np.ndarray:
         """The cameras of the training images, float32 [N, number of cameras], one-hot; each data set has its own."""
         dataset = np.searchsorted(sorted(self.offsets.values()), self.train.identities)
         _, camera = np.unique(np.stack([dataset, self.train.cameras]), axis=1, return_inverse=True)
@@ -128,7 +128,7 @@ def _hold_out(trial: Trial, number: int) -> Trial:
     if train is None or trial.validation is not None:
         raise UserError(f"{trial.dataset} has no people to hold out; set data.held_out_identities=0")
     if trial.offsets:  # each data set has its own cameras, also where they go by one number
-        train = dataclasses.replace(train, cameras=trial.cameras().argmax(axis=1))
+        train = dataclasses.replace(train, cameras=trial.camera_one_hot().argmax(axis=1))
     pairs = np.unique(np.stack([train.identities, train.cameras], 1), axis=0)
     people, cameras = np.unique(pairs[:, 0], return_counts=True)
     several = people[cameras > 1]

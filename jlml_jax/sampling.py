@@ -13,10 +13,11 @@ from jlml_jax.errors import UserError
 
 @flax.struct.dataclass
 class IdentityGroups:
-    """Groups of as many images of one person each, which batches are put together from."""
+    """Groups of K images of one person each, which batches of P people and K images of each are made of ("PK")."""
 
     labels: jax.Array  # int32 [N], of all images
-    places: jax.Array  # int32 [groups, images_per_identity]: of a group's images among all of them, sorted by person
+    # int32 [groups, images_per_identity]: of a group's images among all of them, sorted by person
+    places: jax.Array
 
 
 def identity_groups(labels: np.ndarray, images_per_identity: int) -> IdentityGroups | None:
@@ -37,14 +38,14 @@ def identity_groups(labels: np.ndarray, images_per_identity: int) -> IdentityGro
 def check_fields(train: ml_collections.ConfigDict) -> None:
     """Refuses a `train.images_per_identity` that makes no groups, or groups that the batch does not divide into."""
     images = train.images_per_identity
-    if images < 0 or images == 1:
+    if images == 1:
         raise UserError(f"train.images_per_identity={images} must be 0, for images in random order, or at least 2")
-    part = train.batch_size // train.accumulation_steps
-    if images and part % images:
-        nearest = min((divisor for divisor in range(2, part + 1) if part % divisor == 0),
+    micro_batch = train.batch_size // train.accumulation_steps
+    if images and micro_batch % images:
+        nearest = min((divisor for divisor in range(2, micro_batch + 1) if micro_batch % divisor == 0),
                       key=lambda divisor: abs(divisor - images), default=0)
-        raise UserError(f"train.images_per_identity={images} does not divide the {part} images of a batch"
-                        + (" part" if train.accumulation_steps > 1 else "") + f"; give such as {nearest}")
+        raise UserError(f"train.images_per_identity={images} does not divide the {micro_batch} images of a "
+                        + ("micro-batch" if train.accumulation_steps > 1 else "batch") + f"; give such as {nearest}")
 
 
 def steps_per_epoch(num_images: int, batch_size: int, groups: IdentityGroups | None = None) -> int:
@@ -76,14 +77,15 @@ def batch_indices(seed: int, step: jax.Array | int, num_images: int, batch_size:
     return jax.lax.dynamic_slice_in_dim(epoch_order(seed, epoch, num_images, groups), position * batch_size, batch_size)
 
 
-def device_rows(rows: jax.Array | np.ndarray, num_devices: int, parts: int = 1) -> jax.Array | np.ndarray:
+def device_rows(rows: jax.Array | np.ndarray, num_devices: int, micro_batches: int = 1) -> jax.Array | np.ndarray:
     """Rows [B, ...] of a global batch, by device [num_devices, B / num_devices, ...].
 
-    Of each of the batch's `parts`, one after another, every device has equally many rows side by side: what a part
-    holds does not depend on the number of devices.
+    A micro-batch is `B / micro_batches` rows side by side, whatever the number of devices, and every device has equally
+    many of each: row r of device d's part of micro-batch m is row (m * num_devices + d) * n + r of the global batch,
+    with n = B / (micro_batches * num_devices).
     """
-    by_part = rows.reshape(parts, num_devices, -1, *rows.shape[1:])
-    return by_part.swapaxes(0, 1).reshape(num_devices, -1, *rows.shape[1:])
+    by_micro_batch = rows.reshape(micro_batches, num_devices, -1, *rows.shape[1:])
+    return by_micro_batch.swapaxes(0, 1).reshape(num_devices, -1, *rows.shape[1:])
 
 
 def training_batches(seed: int, first_step: int, last_step: int, num_images: int, batch_size: int,

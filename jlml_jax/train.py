@@ -393,7 +393,7 @@ def _batches(run: _Run, first_step: int) -> Iterator[Batch]:
     data, train, images, labels = run.config.data, run.config.train, run.trial.train, run.trial.labels()
     size = images.training_size(data.height, data.width)
     groups = sampling.identity_groups(labels, train.images_per_identity)
-    cameras = run.trial.cameras() if train.norm_by_camera else None
+    cameras = run.trial.camera_one_hot() if train.norm_by_camera else None
     if data.loader == "device":
         placed = device_data.place(images, labels, *size, run.mesh, groups, cameras)
         while True:

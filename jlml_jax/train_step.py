@@ -60,27 +60,29 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
                ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of one device, under the named axis "batch": the same under `shard_map` and under `pmap`.
 
-    With `config.train.accumulation_steps` k > 1 the batch is taken in k parts: gradients and metrics are their means,
-    BN normalises each part by that part's statistics (over all devices), and updates the running ones k times.
+    Gradient accumulation: with `config.train.accumulation_steps` k > 1 the batch is taken in k micro-batches, and
+    gradients and metrics are their means. BN normalises each by its own statistics (over all devices), and updates the
+    running ones k times.
 
     Returns the next state and the step's metrics (scalars), both the same on every device.
     """
-    parts = config.train.accumulation_steps
+    micro_batches = config.train.accumulation_steps
     model = model.clone(dtype=compute_dtype(config.train.dtype))
     if isinstance(batch, DeviceData):
-        images, labels, cameras = device_data.draw(batch, seed, state.step, config.train.batch_size, BATCH_AXIS, parts)
+        images, labels, cameras = device_data.draw(batch, seed, state.step, config.train.batch_size, BATCH_AXIS,
+                                                   micro_batches)
     else:
         images, labels, cameras = batch
     key = augment.step_key(seed, state.step)
-    images = augment.augment(key, images, config.augment, config.data, BATCH_AXIS, parts)
+    images = augment.augment(key, images, config.augment, config.data, BATCH_AXIS, micro_batches)
 
-    def part_gradients(batch_stats, part):
-        part_images, part_labels, part_cameras = augment.normalise(part[0], config.data), *part[1:]
+    def micro_batch_gradients(batch_stats, micro_batch):
+        micro_images, micro_labels, micro_cameras = augment.normalise(micro_batch[0], config.data), *micro_batch[1:]
 
         def loss_of(params):
-            outputs, updates = model.apply({"params": params, "batch_stats": batch_stats}, part_images, train=True,
-                                           groups=part_cameras, mutable=["batch_stats"])
-            loss, terms = losses.jlml_loss(outputs, params, part_labels, num_strips=config.model.num_strips,
+            outputs, updates = model.apply({"params": params, "batch_stats": batch_stats}, micro_images, train=True,
+                                           cameras=micro_cameras, mutable=["batch_stats"])
+            loss, terms = losses.jlml_loss(outputs, params, micro_labels, num_strips=config.model.num_strips,
                                            cosine_scale=config.model.cosine_scale, axis_name=BATCH_AXIS,
                                            **config.loss)
             return loss, (terms, updates["batch_stats"])
@@ -88,7 +90,8 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
         gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
         return batch_stats, (gradients, metrics)
 
-    batch_stats, means = _accumulate(part_gradients, state.batch_stats, (images, labels, cameras), parts)
+    batch_stats, means = _accumulate(micro_batch_gradients, state.batch_stats, (images, labels, cameras),
+                                     micro_batches)
     gradients, metrics = jax.lax.pmean(means, BATCH_AXIS)
     metrics["gradient_norm"] = _norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -125,20 +128,21 @@ def compute_dtype(name: str) -> jnp.dtype:
     return known[name]
 
 
-def _accumulate(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, parts: int) -> tuple[Any, Any]:
-    """`function` (carry, part of the rows) -> (carry, values), over all parts in order; the values' mean."""
-    if parts == 1:
+def _accumulate(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, micro_batches: int
+                ) -> tuple[Any, Any]:
+    """`function` (carry, micro-batch) -> (carry, values), over all micro-batches in order; the values' mean."""
+    if micro_batches == 1:
         return function(carry, rows)
-    rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+    rows = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), rows)
 
-    def add(carry_and_sum, part):
-        carry, values = function(carry_and_sum[0], part)
+    def add(carry_and_sum, micro_batch):
+        carry, values = function(carry_and_sum[0], micro_batch)
         return (carry, jax.tree.map(jnp.add, carry_and_sum[1], values)), None
 
     _, values = jax.eval_shape(function, carry, jax.tree.map(lambda x: x[0], rows))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), values)
     (carry, total), _ = jax.lax.scan(add, (carry, zeros), rows)
-    return carry, jax.tree.map(lambda x: x / parts, total)
+    return carry, jax.tree.map(lambda x: x / micro_batches, total)
 
 
 def make_train_step(config: ml_collections.ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation,

@@ -55,7 +55,7 @@ def crops(tmp_path_factory):
 def no_shared_examples():
     """So that the statistics of the same pictures in another light undo the light in whole."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm_statistics, "SHARED_EXAMPLES", 0)
+        patch.setattr(norm_statistics, "GLOBAL_PSEUDO_COUNT", 0)
         yield
 
 
@@ -257,6 +257,7 @@ def test_calibration_goes_by_the_cameras_as_the_user_named_them(crops, workdir, 
     config["data"]["data_dir"] = str(tmp_path / "data")
     (run / "config.json").write_text(json.dumps(config))
     prepare.prepare("folder/shop", labelled / "crops.csv", tmp_path / "data")
+    capsys.readouterr()
     assert calibrate.main([f"--workdir={run}", "--dataset=folder/shop"]) == 0
     assert not capsys.readouterr().err  # no camera is unknown
     by_dataset = json.loads((run / "calibration.json").read_text())

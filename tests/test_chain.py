@@ -145,7 +145,7 @@ def test_cameras_of_data_sets_trained_on_together_are_each_their_own(link):
     """Both have a camera 1, which is not the same one."""
     data = link("cuhk03/labeled+market1501").data
     trial = protocols.load(data.name, data).trial(0)
-    cameras = trial.cameras()
+    cameras = trial.camera_one_hot()
     assert cameras.shape[0] == len(trial.train) and (cameras.sum(axis=1) == 1).all() and set(cameras.flat) == {0, 1}
     of_market = trial.train.identities > trial.offsets["market1501"]
     pairs = set(zip(of_market.tolist(), trial.train.cameras.tolist(), strict=True))
@@ -176,7 +176,7 @@ def test_people_held_out_of_several_data_sets_are_those_of_each(link):
             for identity, camera in zip(split.identities.tolist(), split.cameras.tolist(), strict=True):
                 cameras[max((low, dataset) for dataset, low in trial.offsets.items() if low < identity)[1]].add(camera)
         assert not set.intersection(*cameras.values())
-        assert trial.cameras().shape[1] == len(np.unique(trial.train.cameras))
+        assert trial.camera_one_hot().shape[1] == len(np.unique(trial.train.cameras))
 
 
 def test_extra_distractors_are_of_no_tested_camera(link):

@@ -129,16 +129,16 @@ def test_batches_of_groups_are_a_function_of_seed_and_step():
     assert not np.array_equal(np.stack(whole), np.stack(list(draw(1, 0, 10))))
 
 
-@pytest.mark.parametrize("batch, parts, images, message", [
-    (32, 1, 1, "must be 0.*or at least 2"), (32, 1, -4, "must be 0"),
+@pytest.mark.parametrize("batch, micro_batches, images, message", [
+    (32, 1, 1, "must be 0.*or at least 2"),
     (32, 1, 3, "does not divide the 32 images of a batch; give such as 2"),
-    (32, 2, 32, "does not divide the 16 images of a batch part; give such as 16"),
-    (7, 1, 4, "give such as 7"), (4, 4, 2, "does not divide the 1 images of a batch part; give such as 0"),
+    (32, 2, 32, "does not divide the 16 images of a micro-batch; give such as 16"),
+    (7, 1, 4, "give such as 7"), (4, 4, 2, "does not divide the 1 images of a micro-batch; give such as 0"),
     (32, 1, 0, ""), (32, 8, 4, ""),
 ])
-def test_groups_that_the_batch_does_not_divide_into_are_refused(batch, parts, images, message):
+def test_groups_that_the_batch_does_not_divide_into_are_refused(batch, micro_batches, images, message):
     train = default.get_config().train
-    train.batch_size, train.accumulation_steps, train.images_per_identity = batch, parts, images
+    train.batch_size, train.accumulation_steps, train.images_per_identity = batch, micro_batches, images
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         sampling.check_fields(train)
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jlml_jax import parallel
-from jlml_jax.layers import SHARED_EXAMPLES, BatchNorm, Conv, he_normal, max_pool
+from jlml_jax.layers import GLOBAL_PSEUDO_COUNT, BatchNorm, Conv, he_normal, max_pool
 
 SIZES = [(9, 7), (8, 6), (4, 2), (2, 2), (1, 1)]  # larger and smaller than a 3x3 window, odd and even
 
@@ -204,22 +204,22 @@ def one_hot(groups):
 
 @pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 5)])
 def test_batch_norm_by_groups(norm_variables, shape):
-    """By loops, in float64: each group's moments with `SHARED_EXAMPLES` of the whole batch."""
+    """By loops, in float64: each group's moments with `GLOBAL_PSEUDO_COUNT` of the whole batch."""
     groups = [0, 1, 0, 2, 0, 1]
     x = normal(*shape) * 2 + np.array(groups, np.float32).reshape(-1, *[1] * (len(shape) - 1))
 
-    def apply(x, groups):
-        return BatchNorm(None).apply(norm_variables, x, True, groups, mutable=["batch_stats"])
+    def apply(x, cameras):
+        return BatchNorm(None).apply(norm_variables, x, True, cameras, mutable=["batch_stats"])
 
     actual, updates = jax.jit(apply)(x, one_hot(groups))
     params, wide = norm_variables["params"], np.asarray(x, np.float64).reshape(6, -1, 5)
     for group in range(3):
         rows = np.array(groups) == group
-        mean, square = ((values[rows].mean(1).sum(0) + SHARED_EXAMPLES * values.mean((0, 1)))
-                        / (rows.sum() + SHARED_EXAMPLES) for values in (wide, wide ** 2))
+        mean, square = ((values[rows].mean(1).sum(0) + GLOBAL_PSEUDO_COUNT * values.mean((0, 1)))
+                        / (rows.sum() + GLOBAL_PSEUDO_COUNT) for values in (wide, wide ** 2))
         expected = (wide[rows] - mean) / np.sqrt(square - mean ** 2 + 1e-5) * params["scale"] + params["bias"]
         assert_close(actual[rows], expected.reshape(-1, *shape[1:]))
-    plain, plain_updates = jax.jit(functools.partial(apply, groups=None))(x)
+    plain, plain_updates = jax.jit(functools.partial(apply, cameras=None))(x)
     for a, b in zip(*map(jax.tree.leaves, (updates, plain_updates)), strict=True):
         assert_close(a, b)
     assert np.abs(actual - plain).max() > 0.1

@@ -9,7 +9,7 @@ from test_evaluate import split_of
 
 from configs import default
 from jlml_jax import augment, evaluate, norm_statistics, parallel
-from jlml_jax.layers import SHARED_EXAMPLES
+from jlml_jax.layers import GLOBAL_PSEUDO_COUNT
 from jlml_jax.models import JLML, init_variables
 
 
@@ -89,7 +89,7 @@ def distance(features):
 
 
 def test_each_cameras_own_statistics_undo_its_light(network, two_cameras, monkeypatch):
-    monkeypatch.setattr(norm_statistics, "SHARED_EXAMPLES", 0)
+    monkeypatch.setattr(norm_statistics, "GLOBAL_PSEUDO_COUNT", 0)
     shares = {}
     for source in ("data", "camera"):
         variables = network.adapted(two_cameras, source)
@@ -104,7 +104,7 @@ def test_a_cameras_few_images_share_in_those_of_all(network, two_cameras):
     split = two_cameras.select(np.array([*range(16), 16, 17]))  # two by the second camera
     variables = network.adapted(split, "camera")
     own, every = (network.of_images(images, 8)["stem"]["norm"] for images in (split.select(np.array([16, 17])), split))
-    share = SHARED_EXAMPLES / (2 + SHARED_EXAMPLES)
+    share = GLOBAL_PSEUDO_COUNT / (2 + GLOBAL_PSEUDO_COUNT)
     np.testing.assert_allclose(variables[2]["batch_stats"]["stem"]["norm"]["mean"],
                                (1 - share) * own["mean"] + share * every["mean"], rtol=1e-5)
     assert np.abs(own["mean"] - every["mean"]).max() > 1e-2

@@ -374,7 +374,8 @@ def test_training_and_evaluation_need_no_tensorflow(tiny_config, tmp_path):
 
 @pytest.mark.parametrize(("parts", "message"), [
     (0, r"train.accumulation_steps=0 must be in \[1, inf\)"),
-    (4, r"train.batch_size=8 does not divide over 4 devices in train.accumulation_steps=4 parts; use a multiple of 16"),
+    (4, "train.batch_size=8 does not divide over 4 devices in train.accumulation_steps=4 micro-batches; use a multiple "
+        "of 16"),
 ])
 def test_parts_that_the_batch_does_not_divide_into_are_refused(tiny_config, tmp_path, parts, message):
     tiny_config.train.accumulation_steps = parts

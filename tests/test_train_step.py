@@ -25,7 +25,7 @@ class Parts:
         self.model = models.build_model(config, len(self.protocol.identities()))
         self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
         groups = sampling.identity_groups(self.protocol.labels(), config.train.images_per_identity)
-        cameras = self.protocol.cameras() if config.train.norm_by_camera else None
+        cameras = self.protocol.camera_one_hot() if config.train.norm_by_camera else None
         self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
                           self.mesh, groups, cameras)
         self.state = train_step.init_state(config, self.model, self.optimizer, self.mesh)
@@ -205,7 +205,7 @@ def test_both_loaders_take_the_same_parts(tiny_config, tmp_path, images_per_iden
     parts = Parts(tiny_config, 4)
     tiny_config.data.loader, tiny_config.train.accumulation_steps = "tf_data", 2
     draw = functools.partial(device_data.draw, seed=tiny_config.seed, step=0, batch_size=8,
-                             axis_name=parallel.BATCH_AXIS, parts=2)
+                             axis_name=parallel.BATCH_AXIS, micro_batches=2)
     _, drawn, drawn_cameras = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
                                      out_specs=PartitionSpec(parallel.BATCH_AXIS), check_vma=False))(parts.data)
     run = train._check_run(tiny_config, tmp_path, parts.protocol, others=[], mesh=parts.mesh, mode="train", source={},

@@ -38,7 +38,7 @@ class PlainConv(nn.Module):
 
 
 class PlainBatchNorm(nn.Module):
-    """Likewise for `layers.BatchNorm` without groups."""
+    """Likewise for `layers.BatchNorm` without cameras."""
 
     axis_name: str | None
     momentum: float = 0.9
@@ -46,8 +46,8 @@ class PlainBatchNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, train, groups=None):
-        assert groups is None
+    def __call__(self, x, train, cameras=None):
+        assert cameras is None
         norm = nn.BatchNorm(not train, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype,
                             axis_name=self.axis_name)
         nn.share_scope(self, norm)
