@@ -7,7 +7,6 @@ statistics.
 
 import dataclasses
 import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def read(path: Path, batch_stats: Any) -> CameraStatistics | None:
             raise ValueError("it is another network's")
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and NumPy raise whatever the bytes lead them to
         raise UserError(f"{path} is damaged ({error}); make the run anew with python -m jlml_jax.adapt --by_camera, or "
                         "delete the file") from error
     return CameraStatistics(tuple(cameras.tolist()), traverse_util.unflatten_dict(found, sep="."))

@@ -152,15 +152,18 @@ class _ChosenRows(LazyRows):
 
 
 class FeatureCache:
-    """Features of splits by `extract`, computed once for each image however many splits have it."""
+    """Features of splits by `extract`, computed once for each image however many splits have it.
 
-    def __init__(self, extract: Callable[[Split], Features]):
-        self._extract = extract
-        self._places: dict[bytes, tuple[int, int]] = {}  # by image: the number of an extraction, a row of its features
+    With `by_camera` they depend on an image's camera, too.
+    """
+
+    def __init__(self, extract: Callable[[Split], Features], by_camera: bool = False):
+        self._extract, self._by_camera = extract, by_camera
+        self._places: dict[Any, tuple[int, int]] = {}  # by image: the number of an extraction, a row of its features
         self._extracted: list[Features] = []
 
     def __call__(self, split: Split) -> Features:
-        images = list(split.keys())
+        images = list(zip(split.keys(), split.cameras.tolist(), strict=True) if self._by_camera else split.keys())
         missing = {image: index for index, image in enumerate(images) if image not in self._places}
         if missing:
             self._places |= {image: (len(self._extracted), row) for row, image in enumerate(missing)}

@@ -71,7 +71,7 @@ def write_output(path: Path, content: str | bytes | Callable[[BinaryIO], None]) 
                         "room or give another") from error
 
 
-def lock(path: Path, otherwise: str) -> IO[str]:
+def lock(path: Path, otherwise: str | None) -> IO[str]:
     """Locks the folder that `path`, its lock file, is in for this process, until what is returned is closed.
 
     By flock, which the kernel lets go when the process ends, however it ends: there are no stale locks, on one host or
@@ -80,19 +80,23 @@ def lock(path: Path, otherwise: str) -> IO[str]:
 
     Args:
         path: the lock file, made if it is not there.
-        otherwise: what to do if another process has the lock, for the message.
+        otherwise: what to do if another process has the lock, for the message; None: wait for it.
 
     Raises:
-        UserError: another process has it; which one is said.
+        UserError: another process has it, which is named, and it is not to be waited for.
         OSError: the file cannot be written.
     """
     file = open(path, "a+")  # noqa: SIM115 - held by the caller
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        with file:
-            file.seek(0)
-            raise UserError(f"{path.parent} is in use by {file.read() or 'another process'}; {otherwise}") from None
+        file.seek(0)
+        holder = file.read() or "another process"
+        if otherwise is not None:
+            file.close()
+            raise UserError(f"{path.parent} is in use by {holder}; {otherwise}") from None
+        print(f"{path.parent} is in use by {holder}; waiting for it", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise

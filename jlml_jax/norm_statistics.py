@@ -118,7 +118,7 @@ def features_of(trial: Trial, extract_with: Callable[[Any], Callable[[Split], Fe
     refuse_no_images(trial, config)
     adapted_variables = adapted(make_statistics(), variables, trial.train, source, config.data,
                                 config.evaluate.batch_size, mesh)
-    return FeatureCache(functools.partial(extract, extract_with, adapted_variables))
+    return FeatureCache(functools.partial(extract, extract_with, adapted_variables), by_camera=source == "camera")
 
 
 def _is_layer(tree: Any) -> bool:

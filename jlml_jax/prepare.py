@@ -14,7 +14,7 @@ from tqdm import tqdm
 from jlml_jax import datasets
 from jlml_jax.datasets.base import BenchmarkBuilder, Crop, count
 from jlml_jax.datasets.images import decode_image
-from jlml_jax.errors import UserError, exit_status, first_few
+from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.files import user_path
 
 _EXAMPLE = """example:
@@ -118,7 +118,7 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
             raise UserError(f"cannot read {source} ({error}); give a readable --source") from error
         if originals.unexpected:
             print(f"{len(originals.unexpected)} files not of the data set are left out: "
-                  f"{first_few(originals.unexpected, '; ')}")
+                  f"{first_few([printable(path) for path in originals.unexpected], '; ')}")
         for note in (*originals.notes, *originals.defects):
             print(note)
         print_counts(originals.splits, dataset.EXPECTED)
@@ -135,10 +135,14 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
 
     print(f"writing {dataset.data_path}")
     try:
-        if isinstance(dataset, BenchmarkBuilder):
-            dataset.build(source, (incomplete or "").strip())
-        else:
-            dataset.build(source)
+        with dataset.alone():
+            dataset = datasets.builder(name, data_dir)
+            if dataset.is_prepared() and not overwrite:
+                print("another process has done so meanwhile")
+            elif isinstance(dataset, BenchmarkBuilder):
+                dataset.build(source, (incomplete or "").strip())
+            else:
+                dataset.build(source)
     except (OSError, RuntimeError) as error:
         # array_record tells of a full disk, and the like, as RuntimeError("... write() failed: No space left ...").
         if isinstance(error, RuntimeError) and "() failed: " not in str(error):

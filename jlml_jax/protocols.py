@@ -12,7 +12,7 @@ import numpy as np
 from jlml_jax import datasets
 from jlml_jax.datasets.base import DISTRACTOR, Split
 from jlml_jax.datasets.stored import join_images
-from jlml_jax.errors import UserError, first_few
+from jlml_jax.errors import UserError, first_few, printable
 
 VIPER_TRIALS = 10
 _OTHER_CAMERA = -1  # of extra distractors: none of the tested data set's
@@ -40,6 +40,8 @@ class Trial:
     incomplete: str = ""  # what is known to be missing or degraded in this copy of the data, in words
     # Data sets joined into `train`: an identity there is that of the data set plus this.
     offsets: dict[str, int] = dataclasses.field(default_factory=dict)
+    # By data set, where numbers mean nothing outside of it: identity i is called names[i - 1].
+    names: dict[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def identities(self) -> np.ndarray:
         """The training identities, sorted, int64 [C]: class c of a classifier is the person identities()[c]."""
@@ -59,22 +61,24 @@ class Trial:
         _, camera = np.unique(np.stack([dataset, self.train.cameras]), axis=1, return_inverse=True)
         return np.eye(camera.max() + 1, dtype=np.float32)[camera.ravel()]  # NumPy 2.0 has a second axis
 
-    def people(self) -> dict[str, list[int]]:
-        """The training identities by data set, in the order of the classes."""
+    def people(self) -> dict[str, list[int] | list[str]]:
+        """The training identities by data set, in the order of the classes; by name where they have one."""
         return self._by_dataset(self.identities())
 
-    def tested_people(self) -> dict[str, list[int]]:
-        """The identities that are searched for, by data set."""
+    def tested_people(self) -> dict[str, list[int] | list[str]]:
+        """The identities that are searched for, by data set; by name where they have one."""
         return self._by_dataset(np.unique(self.query.identities))
 
     def datasets(self) -> list[str]:
         """Those that are trained on together, or the one."""
         return list(self.offsets) or [self.dataset]
 
-    def _by_dataset(self, identities: np.ndarray) -> dict[str, list[int]]:
+    def _by_dataset(self, identities: np.ndarray) -> dict[str, list[int] | list[str]]:
         bounds = [*(self.offsets or {self.dataset: 0}).items(), ("", np.iinfo(np.int64).max)]
-        return {dataset: (identities[(identities > low) & (identities <= high)] - low).tolist()
-                for (dataset, low), (_, high) in zip(bounds, bounds[1:], strict=False)}
+        numbers = {dataset: (identities[(identities > low) & (identities <= high)] - low).tolist()
+                   for (dataset, low), (_, high) in zip(bounds, bounds[1:], strict=False)}
+        return {dataset: [self.names[dataset][number - 1] for number in found] if dataset in self.names else found
+                for dataset, found in numbers.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +145,8 @@ def _hold_out(trial: Trial, number: int) -> Trial:
     _, first = np.unique(np.stack([gallery.identities, gallery.cameras], 1), axis=0, return_index=True)
     return _checked(Trial(trial.dataset, f"{number} training identities held out", trial.number,
                           train=_of(train, np.setdiff1d(people, chosen)), query=gallery.select(np.sort(first)),
-                          gallery=gallery, incomplete=trial.incomplete, offsets=trial.offsets))
+                          gallery=gallery, incomplete=trial.incomplete, offsets=trial.offsets,
+                          names=trial.names))
 
 
 def tests(name: str, data: ml_collections.ConfigDict) -> list[Trial]:
@@ -182,7 +187,7 @@ def _with_distractors(trial: Trial, distractors: Sequence[Split]) -> Trial:
 def _fixed_splits(name: str, data: ml_collections.ConfigDict) -> Protocol:
     """Market-1501, and sets like it: the splits are train, query, gallery and perhaps multi_query themselves."""
     splits = datasets.load(name, ("train", "query", "gallery", "multi_query"), data.data_dir)
-    incomplete = _incomplete(name, data)
+    incomplete, names = _incomplete(name, data), _names(name, data)
 
     def trial(number: int) -> Trial:
         parts = dict(splits)
@@ -190,7 +195,7 @@ def _fixed_splits(name: str, data: ml_collections.ConfigDict) -> Protocol:
             everyone, query = parts["multi_query"], parts["query"]
             parts["multi_query"] = everyone.select(np.flatnonzero(_in(_person_cameras(everyone),
                                                                       _person_cameras(query))))
-        return _checked(Trial(name, "single-query", number, **parts, incomplete=incomplete))
+        return _checked(Trial(name, "single-query", number, **parts, incomplete=incomplete, names=names))
     return Protocol(1, trial)
 
 
@@ -275,18 +280,21 @@ def _union(name: str, data: ml_collections.ConfigDict) -> Protocol:
     repeated = [one for one, number in Counter(map(namespace, filter(None, names))).items() if number > 1]
     if repeated:
         raise UserError(f"data.name={name!r} has the people of {first_few(repeated)} more than once")
-    wholes, offsets, end, incomplete = [], {}, 0, []
+    wholes, offsets, end, incomplete, people = [], {}, 0, [], {}
     for one in names:
         splits = datasets.load(one, _PEOPLE_SPLITS.get(namespace(one), ("train", "query", "gallery")), data.data_dir)
         whole = _join(splits.values())
         whole = whole.select(np.flatnonzero(whole.identities > DISTRACTOR))
+        if not len(whole):
+            raise UserError(f"data.name={name!r}: {one} has no people to train on; leave it out")
         offsets[one] = end
+        people |= _names(one, data)
         wholes.append(dataclasses.replace(whole, identities=whole.identities + end))
         end = int(wholes[-1].identities.max())
         if missing := _incomplete(one, data):
             incomplete.append(f"{one}: {missing}")
     train = dataclasses.replace(_join(wholes), dataset=name)
-    trial = Trial(name, "all identities", train=train, offsets=offsets, incomplete="; ".join(incomplete))
+    trial = Trial(name, "all identities", train=train, offsets=offsets, incomplete="; ".join(incomplete), names=people)
     return Protocol(1, lambda number: trial)
 
 
@@ -298,12 +306,15 @@ _PEOPLE_SPLITS = {"cuhk03": ("crops",), "grid": ("probe", "gallery"), "viper": (
 
 
 def namespace(dataset: str) -> str:
-    """Data sets with the same people have the same one: CUHK03's two annotations are of one crowd."""
+    """Data sets of the same people have the same one: CUHK03's labeled and detected boxes are of one population."""
     return "cuhk03" if dataset.startswith("cuhk03/") else dataset
 
 
 def label_map(trial: Trial, parent: dict[str, Any] | None) -> dict[str, Any]:
-    """What label_map.json has: the people a run is trained on, and those of the run that its weights come from."""
+    """What label_map.json has: the people a run is trained on, and those of the run that its weights come from.
+
+    People of a data set of the user's own are there by name, as its numbers are of one preparation alone.
+    """
     return {"dataset": trial.dataset, "fingerprint": trial.train.fingerprint(), "identities": trial.people(),
             "init_from": parent}
 
@@ -330,17 +341,24 @@ def refuse_trained_on(trial: Trial, trained: dict[str, Any] | None) -> None:
                 for identity in sorted({*identities} & _people_of(trained, dataset))]
         if both:
             dataset, identity = both[0]
+            whom = printable(str(identity)) + (f" of {dataset}" if trial.offsets else "")
             raise UserError(
                 f"{len(both)} of the {number} test identities of {trial.dataset}, trial {trial.number} (such as "
-                f"{identity}{f' of {dataset}' if trial.offsets else ''}), were trained on with {trained['dataset']}: "
+                f"{whom}), were trained on with {trained['dataset']}: "
                 "the result would mean nothing; evaluate on other people, or start from a run that has not seen these")
         trained = trained["init_from"]
 
 
-def _people_of(label_map: dict[str, Any], dataset: str) -> set[int]:
-    """The people that a run was trained on who are of one crowd with those of `dataset`."""
+def _people_of(label_map: dict[str, Any], dataset: str) -> set[int] | set[str]:
+    """The people that a run was trained on who are of the same population as those of `dataset`."""
     return {identity for name, identities in label_map["identities"].items()
             if namespace(name) == namespace(dataset) for identity in identities}
+
+
+def _names(name: str, data: ml_collections.ConfigDict) -> dict[str, Sequence[str]]:
+    """`Trial.names` of a data set: one of the user's own has numbers that are of one preparation alone."""
+    names = datasets.names(name, data.data_dir).identities
+    return {name: names} if names else {}
 
 
 def _incomplete(name: str, data: ml_collections.ConfigDict) -> str:
@@ -389,7 +407,10 @@ def _checked(trial: Trial) -> Trial:
             raise UserError(f"{len(shared)} test identities of {trial.dataset}, such as {shared[0]}, are training "
                             f"identities too: the result would mean nothing; {advice}")
     unmatched = list(_without_match(trial.query, trial.gallery))
-    if len(unmatched) == len(trial.query) or unmatched and not trial.incomplete:
+    users_own = trial.dataset.startswith("folder/")  # prepare has said which queries those are: they are not counted
+    if users_own and len(unmatched) == len(trial.query) and "train" in parts:
+        return dataclasses.replace(trial, query=None, gallery=None)
+    if len(unmatched) == len(trial.query) or unmatched and not (trial.incomplete or users_own):
         cameras = np.unique(np.concatenate([trial.query.cameras, trial.gallery.cameras]))
         cause = " (all images are from one camera)" if len(cameras) == 1 else ""
         raise UserError(f"{len(unmatched)} of {len(trial.query)} queries of {trial.dataset}, trial {trial.number}, "

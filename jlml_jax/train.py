@@ -228,7 +228,8 @@ def _check_run(config: ml_collections.ConfigDict, workdir: Path, trial: Trial, *
     config = config.copy_and_resolve_references()
     config.data.loader = choose_loader(config, trial.train, mesh)
     if mode != "evaluate" and config.train.steps:
-        sampling.steps_per_epoch(len(trial.train), config.train.batch_size)  # refuses too large a batch
+        groups = sampling.identity_groups(trial.labels(), config.train.images_per_identity)
+        sampling.steps_per_epoch(len(trial.train), config.train.batch_size, groups)  # refuses too large a batch
     model = build_model(config, len(trial.identities()))
     initial = _load_initial(config.init_from, workdir, trial) if config.init_from and not begun else None
     if initial:

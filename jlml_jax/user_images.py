@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jlml_jax.datasets.base import JUNK
-from jlml_jax.datasets.folder import JUNK_ADVICE, NAME, identity_of, path_within, read_table
+from jlml_jax.datasets.folder import JUNK_ADVICE, NAME, identity_of, is_unicode, path_within, read_table
 from jlml_jax.datasets.images import open_rgb, resize
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.files import user_path
@@ -101,19 +101,11 @@ def list_images(source: str) -> Listing:
         raise UserError(f"cannot read {source} ({error}); give readable images") from error
     if not listing.images:
         raise UserError(f"{source} has no images; give a folder, a CSV or a glob that has")
-    broken = [ascii(image.file) for image in listing.images if not _is_unicode(str(image.path.absolute()))]
+    broken = [ascii(image.file) for image in listing.images if not is_unicode(str(image.path.absolute()))]
     if broken:
         raise UserError(f"{len(broken)} images in {printable(source)} have names, or folders, that are not valid "
                         f"UTF-8: {first_few(broken)}; rename them")
     return listing
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _list_folder(root: Path) -> Listing:
@@ -145,7 +137,9 @@ def _files_below(root: Path) -> Iterator[Path]:
             seen.add(real)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             linked += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
-            yield from (Path(folder, name) for name in names if not name.startswith("."))
+            for path in (Path(folder, name) for name in names if not name.startswith(".")):
+                if path.is_file() or not path.exists():  # no pipe or device, to be waited for; a broken link is told
+                    yield path
 
 
 def _with_market_names(images: list[UserImage], root: Path) -> Listing:

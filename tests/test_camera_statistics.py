@@ -222,7 +222,7 @@ def test_images_that_tell_no_camera_are_refused(crops, tiny_run, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("change", ["cut", "another", "twice", "infinite", "short"])
+@pytest.mark.parametrize("change", ["cut", "another", "twice", "infinite", "short", "compressed", "alone"])
 def test_a_damaged_file_is_told(workdir, tmp_path, change):
     batch_stats = load_run(workdir).variables["batch_stats"]
     path = shutil.copy(workdir / camera_statistics.FILE, tmp_path / camera_statistics.FILE)
@@ -235,9 +235,16 @@ def test_a_damaged_file_is_told(workdir, tmp_path, change):
         arrays["cameras"] = np.array(["gate", "gate"])
     elif change == "infinite":
         arrays["stem.norm.var"][0, 0] = np.inf
+    elif change == "compressed":  # the method of the first member, in its header and in the archive's directory
+        content = bytearray(path.read_bytes())
+        content[8] = content[content.index(b"PK\x01\x02") + 10] = 77
+        path.write_bytes(content)
+    elif change == "alone":
+        with open(path, "wb") as file:
+            np.save(file, arrays["stem.norm.var"])
     else:
         arrays["stem.norm.var"] = arrays["stem.norm.var"][:1]
-    if change != "cut":
+    if change not in ("cut", "compressed", "alone"):
         np.savez(path, **arrays)
     with pytest.raises(UserError, match=r"camera_statistics.npz is damaged \(.*adapt --by_camera"):
         camera_statistics.read(path, batch_stats)

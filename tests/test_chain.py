@@ -308,6 +308,13 @@ def test_a_set_smaller_than_a_batch_is_evaluated_on_without_training(link, tmp_p
     assert train_and_evaluate(config, tmp_path / "run")
 
 
+def test_a_batch_of_groups_is_measured_by_the_groups_images(link, tmp_path, pretrained):
+    """Four images of two people make an epoch of eight, in groups of four."""
+    config = link("viper", pretrained, **{"train.batch_size": 8, "train.images_per_identity": 4})
+    assert train_and_evaluate(config, tmp_path / "run", "train") == []
+    assert load_run(tmp_path / "run" / "trial-00").step == 2
+
+
 def test_the_results_of_trials_on_other_data_are_collected(link, tmp_path, capsys):
     config = link("viper", **{"data.trials": "0-1", "evaluate.datasets": "grid,market1501"})
     rows = train_and_evaluate(config, tmp_path / "run")

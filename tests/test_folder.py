@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import shutil
 import struct
 import subprocess
@@ -226,6 +227,12 @@ def test_numbers_written_in_two_ways(write, refusal):
     assert "1 identities are written in two ways: 02 and 2; write" in error
     error = refusal(write("a.png,1,01,train", "b.png,2,1,train", "c.png,2,10,train"))
     assert "1 cameras are written in two ways: 01 and 1;" in error
+
+
+def test_a_name_written_in_two_ways(write, refusal):
+    """As one character, and as a letter and its accent."""
+    error = refusal(write("a.png,Ren\u00e9,1,train", "b.png,Rene\u0301,2,train", "c.png,Ann,1,train"))
+    assert r"1 identities are written in two ways: 'Rene\u0301' and 'Ren\xe9'; write" in error
 
 
 def test_paths_that_lead_out(write, refusal, shop):
@@ -465,6 +472,20 @@ def test_a_folder_may_have_some_of_the_splits(shop):
     fill(shop / "train", "1_c1.png", "1_c2.png")
     (shop / "query").mkdir()
     assert list(inspect(shop)[0]) == ["train"]
+
+
+def test_a_name_that_is_no_text(shop, refusal):
+    crop().save(shop / "0001_c1.png")
+    (shop / "0001_c1.png").rename(Path(os.fsdecode(os.fsencode(shop) + b"/0001_c1_\xff.png")))
+    assert r"1 names are not valid UTF-8: '0001_c1_\udcff.png'; rename them" in refusal(shop)
+
+
+def test_a_pipe_is_no_image(shop):
+    crop().save(shop / "0001_c1.png")
+    os.mkfifo(shop / "0002_c1.png")
+    originals = Folder.inspect(shop)
+    assert [crop.name for crop in originals.splits["train"]] == ["0001_c1.png"]
+    assert originals.unexpected == ["./0002_c1.png"]
 
 
 def test_wrong_folders(shop, refusal):

@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from PIL import Image
 from jlml_jax import datasets, prepare
 from jlml_jax.datasets.base import PersonDatasetBuilder
 from jlml_jax.datasets.market1501 import ROOT, Market1501
+from jlml_jax.errors import UserError
 
 # What programs run in a process of their own start with.
 PROLOGUE = """
@@ -82,7 +85,7 @@ def test_counts_are_printed_and_the_data_built(capsys, original, data_dir):
     assert ["multi_query", "identities", "8", "8"] in rows
     assert out.splitlines()[-1] == "market1501 is prepared: train 12, query 12, gallery 17, multi_query 24"
     assert len(datasets.load("market1501", ("gallery",), data_dir)["gallery"]) == 17
-    assert [path.name for path in data_dir.iterdir()] == ["market1501"]  # no empty downloads/ left
+    assert {path.name for path in data_dir.iterdir()} == {"market1501", ".market1501.lock"}  # no empty downloads/ left
 
 
 def test_done_already(capsys, original, data_dir):
@@ -106,6 +109,76 @@ def test_a_failed_check_leaves_what_was_built(capsys, original, data_dir):
     shutil.rmtree(original / "query")
     assert_refused(run(capsys, original, data_dir, "--overwrite"), "query/")
     assert Market1501(data_dir=data_dir).is_prepared()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_build_that_fails_leaves_what_was_built(capsys, original, data_dir, monkeypatch, error):
+    def write(*_):
+        raise error
+
+    assert run(capsys, original, data_dir)[0] == 0
+    before = datasets.load("market1501", ("train",), data_dir)["train"].fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds.core.writer.ExampleWriter, "write", write)
+        assert run(capsys, original, data_dir, "--overwrite")[0] in (2, 130)
+    assert [path.name for path in (data_dir / "market1501").iterdir()] == ["1.0.0"]
+    assert datasets.load("market1501", ("train",), data_dir)["train"].fingerprint() == before
+
+
+def test_a_copy_without_its_metadata_is_not_whole(capsys, original, data_dir):
+    """Of a degraded copy they say so."""
+    assert run(capsys, original, data_dir, "--incomplete=resized")[0] == 0
+    (data_dir / "market1501" / "1.0.0" / "metadata.json").unlink()
+    with pytest.raises(UserError, match="market1501 is not prepared"):
+        datasets.load("market1501", ("train",), data_dir)
+    assert run(capsys, original, data_dir, "--incomplete=resized")[0] == 0
+    assert datasets.metadata("market1501", data_dir)["incomplete"] == "resized"
+
+
+@pytest.mark.parametrize(("pattern", "damage"), [
+    ("*-train.array_record*", lambda content: content[:100]),
+    ("*-train.array_record*", lambda content: content[:-10]),
+    ("*-train.array_record*", lambda content: content[:1 << 16]),
+    ("*-train.array_record*", lambda content: content[:2_000] + bytes(1_000) + content[3_000:]),
+    ("dataset_info.json", lambda content: content[:len(content) // 2]),
+    ("metadata.json", lambda content: content[:len(content) // 2]),
+])
+@pytest.mark.parametrize("load", [
+    datasets.load, lambda name, splits, data_dir: datasets.load_distractors(name, data_dir)])
+def test_damaged_data_are_told(capsys, original, data_dir, pattern, damage, load):
+    assert run(capsys, original, data_dir)[0] == 0
+    path, = (data_dir / "market1501" / "1.0.0").glob(pattern)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"market1501.* is damaged \(.*again"):
+        load("market1501", ("train",), data_dir)
+    if path.suffix == ".json":
+        shutil.rmtree(data_dir / "market1501")
+    assert run(capsys, original, data_dir, "--overwrite")[0] == 0
+    assert len(load("market1501", ("train",), data_dir))
+
+
+def test_a_set_is_drawn_by_one_process_at_a_time(tmp_path, monkeypatch, capfd):
+    """The other one waits, and takes what the first has drawn."""
+    drawn = []
+
+    class Drawn:
+        name, builder_config, data_dir_root, data_dir, data_path, DRAWN = "drawn", None, tmp_path, "", tmp_path, True
+        info = SimpleNamespace(metadata={"cameras": 6})
+        alone = PersonDatasetBuilder.alone
+
+        def is_prepared(self):
+            return (tmp_path / "drawn").exists()
+
+        def build(self):
+            drawn.append(self)
+            time.sleep(0.5)
+            (tmp_path / "drawn").touch()
+
+    monkeypatch.setattr(datasets, "builder", lambda *_: Drawn())
+    with ThreadPoolExecutor(2) as pool:  # a lock is an open file's, not a process's
+        assert list(pool.map(lambda _: datasets.metadata("drawn"), range(2))) == [{"cameras": 6}] * 2
+    assert len(drawn) == 1
+    assert "is in use by process" in capfd.readouterr().out
 
 
 def test_wrong_folders(capsys, original, data_dir):

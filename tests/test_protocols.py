@@ -41,6 +41,9 @@ SHOPS = {
     "one_camera": ["a.png,ann,7,query", "b.png,bob,7,query", "c.png,ann,7,gallery", "d.png,bob,7,gallery"],
     "strangers": ["a.png,distractor,1,gallery", "b.png,distractor,2,gallery", "c.png,junk,1,gallery",
                   "d.png,zoe,3,train"],
+    "all_unmatched": ["a.png,ann,1,query", "b.png,bob,2,query", "c.png,ann,1,gallery", "d.png,zoe,2,gallery"],
+    "trained_by_one_camera": ["a.png,ann,1,query", "b.png,ann,1,gallery", "c.png,bob,1,train", "d.png,bob,1,train"],
+    "nobody_at_all": ["a.png,distractor,1,gallery", "b.png,junk,1,gallery"],
     "unmatched": ["a.png,ann,1,query", "b.png,bob,1,query", "c.png,ann,2,gallery", "d.png,bob,1,gallery"],
 }
 
@@ -298,7 +301,7 @@ def test_identity_layers_are_those_of_the_same_people_in_the_same_order(config):
 def test_own_data_may_be_for_training_or_for_the_test_alone(config):
     trial, = trials_of("folder/train_only", config)
     assert trial.query is trial.gallery is None
-    assert trial.people() == {"folder/train_only": [1, 2]} and trial.labels().tolist() == [0, 0, 1]
+    assert trial.people() == {"folder/train_only": ["ann", "bob"]} and trial.labels().tolist() == [0, 0, 1]
     trial, = trials_of("folder/test_only", config)
     assert trial.train is None and trial.multi_query is None
     assert names(trial.query) == {"a.png", "b.png"}
@@ -416,8 +419,46 @@ def test_half_a_test_is_refused(config, name, missing):
 def test_queries_without_a_match_are_refused_with_the_cause(config):
     refusal("folder/one_camera", config, "2 of 2 queries of folder/one_camera, trial 0, ",
             "(all images are from one camera): a.png, b.png; mend the original files and prepare folder/one_camera")
-    message = refusal("folder/unmatched", config, "1 of 2 queries", "from another camera in the gallery: b.png")
-    assert "one camera" not in message
+    refusal("folder/all_unmatched", config, "2 of 2 queries", "from another camera in the gallery: a.png, b.png")
+
+
+def test_queries_without_a_match_of_ones_own_are_not_counted(config):
+    """As prepare has said of them; without any that has one there is no test."""
+    trial, = trials_of("folder/unmatched", config)
+    row, = (row for row in evaluate.evaluate_trials([trial], features_of, config.evaluate) if row["feature"] == "joint")
+    assert len(trial.query) == 2 and row["num_queries"] == 1
+    trial, = trials_of("folder/trained_by_one_camera", config)
+    assert trial.query is trial.gallery is None and len(trial.train) == 2
+
+
+def test_people_of_ones_own_are_told_apart_by_name(tmp_path):
+    """Prepared anew with others, the same person has another number, and the same number is another person."""
+    config = default.get_config()
+
+    def trial(data_dir, *rows):
+        folder = tmp_path / data_dir
+        folder.mkdir(exist_ok=True)
+        (folder / "people.csv").write_text("\n".join(["image,identity,camera,split", *rows]) + "\n")
+        for row in rows:
+            Image.fromarray(np.full((4, 2, 3), ord(row[0]), np.uint8)).save(folder / row.split(",")[0])
+        prepare.prepare("folder/shop", folder / "people.csv", folder, overwrite=True)
+        config.data.data_dir = str(folder)
+        return trials_of("folder/shop", config)[0]
+
+    bob = "a.png,bob,1,query", "b.png,bob,2,gallery"
+    before = json.loads(json.dumps(protocols.label_map(trial("here", "a.png,ann,1,train", "b.png,eve,1,train"), None)))
+    protocols.refuse_trained_on(trial("here", *bob, "c.png,eve,1,train"), before)  # bob is 1, as ann was
+    with pytest.raises(UserError, match=r"1 of the 1 test identities of folder/shop, trial 0 \(such as eve\), were"):
+        protocols.refuse_trained_on(trial("here", *(row.replace("bob", "eve") for row in bob)), before)
+    protocols.refuse_other_people(before, protocols.label_map(trial("there", "c.png,ann,1,train", "d.png,eve,2,train"),
+                                                              None))
+    with pytest.raises(UserError, match="init_from was trained on other people"):
+        protocols.refuse_other_people(before, protocols.label_map(
+            trial("there", "c.png,ann,1,train", "d.png,zoe,2,train"), None))
+
+
+def test_a_union_with_nobody_in_it_is_refused(config):
+    refusal("viper+folder/nobody_at_all", config, "folder/nobody_at_all has no people to train on; leave it out")
 
 
 def test_an_incomplete_copy_may_lack_matches(config, tmp_path):
@@ -669,3 +710,10 @@ def test_each_image_is_extracted_once(config):
         for branch, values in cache(split).items():
             np.testing.assert_array_equal(values, features_of(split)[branch])
     assert max(seen.values()) == 1
+
+
+def test_an_image_by_two_cameras_has_the_features_of_each(config):
+    split = trials_of("viper", config)[0].query.select(np.array([0, 0]))
+    split = dataclasses.replace(split, cameras=np.array([1, 2]))
+    cache = evaluate.FeatureCache(lambda split: {"global": np.float32(split.cameras)[:, None]}, by_camera=True)
+    assert cache(split)["global"][:].ravel().tolist() == [1, 2]

@@ -46,6 +46,13 @@ def test_linked_folders_are_searched_once(tmp_path):
     assert [image.file for image in list_images(str(root)).images] == ["b/y.png", "c/deep/w.png", "c/x.png"]
 
 
+def test_a_pipe_is_no_image(tmp_path):
+    write_image(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("gone")  # is one, which will be told
+    assert [image.file for image in list_images(str(tmp_path)).images] == ["a.png", "c.png"]
+
+
 def test_folders_whose_names_are_no_text_are_refused(tmp_path):
     write_image(tmp_path / "x.png")
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))

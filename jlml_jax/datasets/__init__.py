@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from google.protobuf import json_format
 
 from jlml_jax.datasets.base import DISTRACTOR, PersonDatasetBuilder, Split
 from jlml_jax.errors import UserError, storage_errors_told
@@ -31,7 +33,11 @@ NAMES = tuple(sorted(_BUILDERS))
 
 
 def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
-    """The TFDS builder of data set `name`; `data_dir` defaults to TFDS's own (~/tensorflow_datasets)."""
+    """The TFDS builder of data set `name`; `data_dir` defaults to TFDS's own (~/tensorflow_datasets).
+
+    Raises:
+        UserError: there is no such data set, `data_dir` is an address, or what lies there is damaged.
+    """
     refuse_address("data_dir", data_dir)
     family, _, config = name.partition("/")
     known = "folder/NAME" if family == "folder" else name
@@ -41,7 +47,13 @@ def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     logging.set_verbosity(logging.ERROR)
     module, class_name = _BUILDERS[known].split(":")
     data_dir = os.path.expanduser(data_dir) if data_dir else None
-    return getattr(importlib.import_module(module), class_name)(data_dir=data_dir, config=config or None)
+    try:
+        dataset = getattr(importlib.import_module(module), class_name)(data_dir=data_dir, config=config or None)
+        _ = dataset.info.metadata  # which TFDS reads when it is first asked for
+        return dataset
+    except (json_format.ParseError, json.JSONDecodeError) as error:
+        raise UserError(f"what was prepared of {name} in {data_dir or tfds.core.constants.DATA_DIR} is damaged "
+                        f"({error}); remove its folder there and prepare it again") from error
 
 
 def load(name: str, splits: tuple[str, ...], data_dir: str | None = None) -> dict[str, Split]:
@@ -102,7 +114,9 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
             raise UserError(f"{name} is not prepared in {dataset.data_dir_root}. {fetch} Then run "
                             f"python -m jlml_jax.prepare {name} --source=ORIGINAL_FILES "
                             f"--data_dir={dataset.data_dir_root}")
-        print(f"drawing {name} into {dataset.data_dir}", flush=True)
-        with storage_errors_told(dataset.data_path):
-            dataset.build()
+        with storage_errors_told(dataset.data_path), dataset.alone():
+            dataset = builder(name, data_dir)  # which another process may have drawn meanwhile
+            if not dataset.is_prepared():
+                print(f"drawing {name} into {dataset.data_dir}", flush=True)
+                dataset.build()
     return dataset

@@ -5,6 +5,8 @@ import dataclasses
 import hashlib
 import io
 import re
+import secrets
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from jlml_jax.datasets.images import decode_image
 from jlml_jax.datasets.stored import EXAMPLES_AT_ONCE, StoredImages, open_split, read_examples
 from jlml_jax.errors import UserError, first_few
+from jlml_jax.files import lock
 
 JUNK = -1
 DISTRACTOR = 0
@@ -42,14 +45,40 @@ class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True
     def build(self, source: Path | None = None) -> None:
         """Writes the data, from the original files in `source` if it is not drawn, in place of what may lie there.
 
-        TFDS writes into a folder `incomplete.*` and renames it at the end. Its own default takes any folder that
-        exists for the data, whatever it holds.
+        TFDS writes into a folder `incomplete.*` and renames it at the end. What lay there before comes back if that end
+        is not reached; a process that is killed leaves it beside, in a folder `replaced.*`.
         """
-        with tempfile.TemporaryDirectory() as download_dir, contextlib.redirect_stdout(io.StringIO()):
+        with (self._set_aside(), tempfile.TemporaryDirectory() as download_dir,
+              contextlib.redirect_stdout(io.StringIO())):
             self.download_and_prepare(
                 download_dir=download_dir,  # TFDS makes it even where nothing is downloaded
                 download_config=tfds.download.DownloadConfig(
                     manual_dir=source, download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS))
+
+    @contextlib.contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        path = Path(self.data_path)
+        if not path.exists():
+            yield
+            return
+        aside = path.with_name(f"replaced.{secrets.token_hex(4)}_{path.name}")
+        path.rename(aside)
+        try:
+            yield
+        finally:
+            if path.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.rename(path)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While entered, no other process is in it for this data set; the others wait."""
+        root = Path(self.data_dir_root)
+        root.mkdir(parents=True, exist_ok=True)
+        name = "-".join([self.name, *([self.builder_config.name] if self.builder_config else [])])
+        with lock(root / f".{name}.lock", None):
+            yield
 
 
 class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
@@ -78,6 +107,10 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
         )
+
+    def is_prepared(self) -> bool:
+        """As that of the base; a copy without `metadata.json` would not say that it is incomplete or degraded."""
+        return super().is_prepared() and (self.data_path / "metadata.json").exists()
 
     def load_split(self, split: str) -> "Split":
         """Reads a prepared split into memory, sorted by name. Needs TensorFlow for TFRecord alone."""
@@ -240,7 +273,7 @@ def parse_names(root: Path, folders: Sequence[str], pattern: re.Pattern, suffixe
     for folder in folders:
         images[folder] = []
         for path in sorted((root / folder).iterdir()):
-            if match := pattern.fullmatch(path.name):
+            if (match := pattern.fullmatch(path.name)) and (path.is_file()):
                 images[folder].append((path, match))
             elif path.suffix.lower() in suffixes and not path.name.startswith("."):
                 unparsable.append(f"{folder}/{path.name}")

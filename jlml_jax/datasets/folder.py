@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import struct
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -216,6 +217,8 @@ def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
         if len(both := [name for name in names if name in folders]) > 1:
             raise UserError(f"{root} has both {' and '.join(both)}; remove or rename one")
     images, unexpected = parse_names(root, list(folders) or ["."], NAME, SUFFIXES, _EXAMPLE)
+    _refuse(root, [ascii(path.name) for matches in images.values() for path, _ in matches if not is_unicode(path.name)],
+            "names are not valid UTF-8", "rename them")
     if folders:
         unexpected += [path.name for path in sorted(root.iterdir()) if path.name not in folders]
     rows = [_Row(path, path.relative_to(root).as_posix(), identity_of(match), str(int(match["camera"])),
@@ -234,8 +237,22 @@ def identity_of(match: re.Match) -> str:
     return words.get(number, number)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a file name is valid UTF-8, which Linux does not ask for."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _in_order(names: set[str], source: Path, what: str) -> list[str]:
-    """Sorted, in the order of numbers if all are; a UserError if a number is written in two ways."""
+    """Sorted, in the order of numbers if all are; a UserError if a name or a number is written in two ways."""
+    same = defaultdict(list)  # an é may be one character, or an e and an accent
+    for name in sorted(names):
+        same[unicodedata.normalize("NFC", name)].append(name)
+    _refuse(source, [" and ".join(map(ascii, written)) for written in same.values() if len(written) > 1],
+            f"{what} are written in two ways", "write them in one")
     if not all(re.fullmatch("-?[0-9]{1,18}", name) for name in names):
         return sorted(names)
     ordered = sorted(names, key=lambda name: (int(name), name))

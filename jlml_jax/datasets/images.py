@@ -26,7 +26,7 @@ def open_rgb(encoded: bytes, name: str, *, upright: bool = False) -> Image.Image
             is for the images of data sets, which are kept so, and which TensorFlow must read alike.
 
     Raises:
-        UserError: it does not decode, has more than 8 bits a channel, or is too large to be what it should be.
+        UserError: it does not decode, is greyscale of more than 8 bits, or is too large to be what it should be.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:

@@ -1,5 +1,6 @@
 """Reading what a TFDS builder wrote, by index: examples, and encoded images that stay on disk. Needs no TensorFlow."""
 
+import contextlib
 import hashlib
 import resource
 from collections.abc import Iterator, Sequence
@@ -8,17 +9,53 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jlml_jax.errors import UserError
+
 EXAMPLES_AT_ONCE = 256  # many times faster than one by one, and yet small in memory
 
 
 def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
-    """The examples of a prepared split, by index; images are left encoded, as bytes."""
+    """The examples of a prepared split, by index; images are left encoded, as bytes.
+
+    Raises:
+        UserError: its files are damaged; some damage is found only when an example is read.
+    """
     # Every file stays open once it is read from: ImageNet has as many as most systems allow a process at first.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY not in (soft, hard):
         soft = min(soft + builder.info.splits[split].num_shards, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    with _damage_told(builder):
+        return _Examples(builder, builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}))
+
+
+@contextlib.contextmanager
+def _damage_told(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # array_record's, of whatever kind
+        raise UserError(f"{builder.data_path} is damaged ({str(error).splitlines()[0]}); prepare {builder.name} again "
+                        "with --overwrite") from error
+
+
+class _Examples(Sequence[dict[str, Any]]):
+    """TFDS's data source, whose damage is told."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, source: Sequence[dict[str, Any]]):
+        self._builder, self._source = builder, source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        with _damage_told(self._builder):
+            examples = self._source.__getitems__(rows)
+            if any(value is None for example in examples for value in example.values()):
+                raise RuntimeError("an example is empty")
+            return examples
 
 
 def read_examples(source: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
