@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.tables import published
-from experiments.tables.plan import BENCHMARKS, steps_done, training_seconds, without_paths
+from experiments.tables.plan import BENCHMARKS, training_seconds, without_paths
 from experiments.tables.report import markdown_table
-from jlml_jax.checkpoints import RESULTS, with_defaults
+from jlml_jax.checkpoints import latest_step, read_results, with_defaults
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.files import write_atomically
 from jlml_jax.logs import read_metrics
@@ -55,10 +55,10 @@ def make_record(folder: Path) -> dict[str, Any]:
     parts = sorted(folder.glob("trial-*")) or [folder]
     lines = [line for part in parts for line in read_metrics(part)]
     rates = [line["images_per_second"] for line in lines]
-    steps = [steps_done(part) for part in parts]
+    steps = [latest_step(part) or 0 for part in parts]
     total = fields["train.steps"]
-    results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).exists() else None
-    finished = results is not None and min(steps) >= total
+    results = read_results(folder)
+    finished = results is not None and min(steps) >= total and results["provenance"].get("steps", total) >= total
     return {
         "run": folder.name,
         "state": "finished" if finished else f"stopped: {sum(done >= total for done in steps)} of {len(parts)} trials "
@@ -87,7 +87,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     tables: dict[tuple[str, bool], list[list[str]]] = {}
     for record in records:
         for row in without_averaged(record["rows"]):
-            key = row["dataset"], bool(record["held_out_identities"])
+            key = row["dataset"], bool(record["held_out_identities"]) and "trained_on" not in row
             tables.setdefault(key, []).append(_line(record, row))
     for (dataset, held_out), lines in sorted(tables.items(), key=lambda item: (item[0][1], item[0][0])):
         title = f"## {dataset}" + (", people held out of the training set" if held_out else "")

@@ -39,13 +39,18 @@ def _labelled_test(workdir: Path, dataset: str | None, extractor: Extractor) -> 
         UserError: it has none, or the run was trained on any of their people.
     """
     run = load_run(workdir)
-    data = run.config.data
+    data = run.config.data.copy_and_resolve_references()
+    if dataset:  # the run's own may have held people out
+        data.held_out_identities = 0
     protocol = protocols.load(dataset or data.name, data)
     trial = protocol.trial(0 if dataset else protocol.numbers(data.trials)[0])
     if trial.query is None:
         raise UserError(f"{trial.dataset} has no queries and gallery; give --dataset or --features")
     protocols.refuse_trained_on(trial, run.label_map)
-    splits = [trial.query, trial.gallery]
+    in_gallery = set(trial.gallery.keys())  # as queries are of people held out
+    only_queries = trial.query.select(np.array([row for row, image in enumerate(trial.query.keys())
+                                                if image not in in_gallery], int))
+    splits = [split for split in (only_queries, trial.gallery) if len(split)]
     called = datasets.names(trial.dataset, data.data_dir)
     cameras = [[called.camera(camera) for camera in split.cameras] for split in splits]
     tell_unknown_cameras(itertools.chain(*cameras), extractor)

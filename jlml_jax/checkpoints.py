@@ -202,6 +202,25 @@ def refuse_other_network(run: SavedRun, config: ml_collections.ConfigDict) -> No
                         "fields, or another run")
 
 
+def read_results(workdir: Path) -> dict[str, Any] | None:
+    """What results.json of a run has, `rows` and `provenance`; None if the run was not evaluated yet.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = workdir / RESULTS
+    if not path.exists():
+        return None
+    try:
+        results = json.loads(path.read_text())
+        if not (isinstance(results, dict) and isinstance(results.get("rows"), list)
+                and isinstance(results.get("provenance"), dict)):
+            raise ValueError("it lacks rows or provenance")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not read ({error}); evaluate the run again with --mode=evaluate") from error
+    return results
+
+
 def load_label_map(workdir: Path) -> dict[str, Any]:
     """The label map of the run in `workdir`, which has a checkpoint."""
     return _read_json(workdir / _LABEL_MAP)

@@ -72,7 +72,7 @@ def write(path: Path, table: FeaturesFile) -> None:
         columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(table.features.ravel()),
                                                                 table.features.shape[1])
         metadata = {"root": table.root, "fingerprint": table.fingerprint}
-        parquet.write_table(pa.table(columns).replace_schema_metadata(metadata), file)
+        parquet.write_table(pa.table(columns).replace_schema_metadata(metadata), file, write_page_checksum=True)
 
     files.write_output(path, write_npz if path.suffix == ".npz" else write_parquet)
 
@@ -118,7 +118,7 @@ def _read_npz(path: Path) -> FeaturesFile:
 
 def _read_parquet(path: Path) -> FeaturesFile:
     _, parquet = _pyarrow()
-    table = parquet.read_table(path)
+    table = parquet.read_table(path, page_checksum_verification=True)
     metadata = table.schema.metadata or {}
 
     def text(name: str) -> np.ndarray:

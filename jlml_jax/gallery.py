@@ -139,11 +139,12 @@ class Gallery:
     def add(self, new: Sequence[LoadedImage], features: np.ndarray, seen: Sequence[LoadedImage] = ()) -> None:
         """Adds images and their features [len(new), D], and renames those of `seen`, which are there; all or nothing.
 
-        Images twice in `new` are added once.
+        Images twice in `new`, or there already, are added once.
         """
-        first = {}
+        first, there = {}, self.cameras_of({loaded.digest for loaded in new})
         for index, loaded in enumerate(new):
-            first.setdefault(loaded.digest, index)
+            if loaded.digest not in there:
+                first.setdefault(loaded.digest, index)
         row, database = len(self), self._database
         try:
             if first:
@@ -266,8 +267,8 @@ class NearestNeighbours:
         rows = np.arange(len(self._features)) if eligible is None else np.flatnonzero(eligible)
         if not len(rows):
             return rows, np.empty(0)
-        squared = np.concatenate([np.asarray(part) for part in
-                                  [_squared_distances(chunk, query) for chunk in self._chunks]])
+        # Each is fetched before the next one is sent: what does not fit the device together passes through it.
+        squared = np.concatenate([np.asarray(_squared_distances(chunk, query)) for chunk in self._chunks])
         suspects = np.flatnonzero(~np.isfinite(squared))  # or only so large that their squares overflow
         bad = suspects[[not np.isfinite(self._features[row]).all() for row in suspects]]
         if len(bad):

@@ -19,10 +19,20 @@ TIME_FIELDS = ("images_per_second", "seconds")
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, if it has one; the last is left out if a kill cut it short."""
+    """The lines of a run's metrics.jsonl, if it has one; the last is left out if a kill cut it short.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(isinstance(line, dict) and "step" in line for line in metrics):
+            raise ValueError("a line has no step")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not read ({error}); copy it back from elsewhere, or remove it") from error
+    return metrics
 
 
 class TrainingLog:

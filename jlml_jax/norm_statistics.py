@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jlml_jax import augment, parallel
 from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError
-from jlml_jax.evaluate import FeatureCache, Features, decode_batches
+from jlml_jax.evaluate import FeatureCache, Features, Forward, decode_batches, extract_features
 from jlml_jax.layers import GLOBAL_PSEUDO_COUNT
 from jlml_jax.protocols import Trial
 
@@ -97,28 +97,39 @@ def adapted(statistics: Statistics, variables: dict[str, Any], split: Split, sou
             for camera, batch_stats in found.items()}
 
 
-def extract(extract_with: Callable[[Any], Callable[[Split], Features]], variables: Mapping[int | None, Any],
-            split: Split) -> Features:
-    """Features of all images, each by the variables of its camera, or those of any other one if it has none."""
+def extract_by_camera(extract: Callable[[Any, Split], Features], variables: Mapping[int | None, Any],
+                      split: Split) -> Features:
+    """Features of all images, each by the variables of its camera, or those under None if it has none."""
     features: Features = {}
     for camera in np.unique(split.cameras).tolist():
         rows = np.flatnonzero(split.cameras == camera)
-        for branch, values in extract_with(variables.get(camera, variables[None]))(split.select(rows)).items():
+        for branch, values in extract(variables.get(camera, variables[None]), split.select(rows)).items():
             features.setdefault(branch, np.empty((len(split), values.shape[1]), np.float32))[rows] = values
     return features
 
 
-def features_of(trial: Trial, extract_with: Callable[[Any], Callable[[Split], Features]], variables: dict[str, Any],
-                make_statistics: Callable[[], Statistics], config: ml_collections.ConfigDict, mesh: Mesh
-                ) -> FeatureCache:
-    """Features of the images of `trial`, normalised as `config.evaluate.norm_statistics` says."""
-    source = config.evaluate.norm_statistics
+def features_of(trial: Trial, forward: Forward, statistics: Statistics, variables: dict[str, Any],
+                config: ml_collections.ConfigDict, mesh: Mesh) -> FeatureCache:
+    """Features of splits of `trial`, normalised as `config.evaluate.norm_statistics` says.
+
+    Args:
+        trial: whose training images the statistics are of, where they are not the run's.
+        forward: by `evaluate.make_forward`.
+        statistics: by `make_statistics`.
+        variables: `params` and `batch_stats`, on the devices of the mesh.
+        config: the run's.
+        mesh: of `forward` and `statistics`.
+    """
+    source, batch_size = config.evaluate.norm_statistics, config.evaluate.batch_size
+
+    def extract(variables: Any, split: Split) -> Features:
+        return extract_features(forward, variables, split, config.data, batch_size, mesh)
+
     if source == "run":
-        return FeatureCache(extract_with(variables))
+        return FeatureCache(functools.partial(extract, variables))
     refuse_no_images(trial, config)
-    adapted_variables = adapted(make_statistics(), variables, trial.train, source, config.data,
-                                config.evaluate.batch_size, mesh)
-    return FeatureCache(functools.partial(extract, extract_with, adapted_variables), by_camera=source == "camera")
+    by_camera = adapted(statistics, variables, trial.train, source, config.data, batch_size, mesh)
+    return FeatureCache(functools.partial(extract_by_camera, extract, by_camera), by_camera=source == "camera")
 
 
 def _is_layer(tree: Any) -> bool:

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from jlml_jax.errors import UserError
 
-OPSET, IR_VERSION = 17, 8  # of 2022: no operator used here has changed since opset 13, and every runtime reads them
+OPSET, IR_VERSION = 17, 8  # of 2022, which every runtime reads
 
 _STORED = (0, 3, 1, 2)  # JAX's maps [B, H, W, C] are stored as ONNX's, [B, C, H, W]; any other rank as it is
 _CONV_DIMENSIONS = (_STORED, (3, 2, 0, 1), _STORED)  # NHWC, HWIO, NHWC

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jlml_jax import calibration, camera_statistics, parallel
-from jlml_jax.checkpoints import RESULTS, TRAINING, load_run
+from jlml_jax.checkpoints import RESULTS, TRAINING, load_run, read_results
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
@@ -62,6 +62,10 @@ def pack(workdir: str | Path, output: str | Path) -> None:
         calibrated = False
         print(f"{calibration.FILE} is left out, as it is not of the rounded weights: to hand on thresholds, unpack the "
               "file, calibrate that run, and pack it")
+    results = read_results(run.workdir)
+    if results is not None and (step := results["provenance"].get("steps", run.step)) != run.step:
+        results = None
+        print(f"{RESULTS} is left out, as it is of step {step}, not {run.step}: to hand it on, evaluate the run again")
     config = run.config.copy_and_resolve_references()
     config.data.data_dir = ""  # a place on this machine
     content = io.BytesIO()
@@ -69,9 +73,10 @@ def pack(workdir: str | Path, output: str | Path) -> None:
         archive.writestr(ABOUT, json.dumps({"format": FORMAT, "step": run.step}))
         archive.writestr(CONFIG, config.to_json(indent=1))
         archive.writestr(LABEL_MAP, json.dumps(run.label_map))
-        for name in (RESULTS, TRAINING):
-            if (run.workdir / name).exists():
-                archive.write(run.workdir / name, name)
+        if results is not None:
+            archive.writestr(RESULTS, json.dumps(results, indent=1))
+        if (run.workdir / TRAINING).exists():
+            archive.write(run.workdir / TRAINING, TRAINING)
         if calibrated:
             archive.write(run.workdir / calibration.FILE, calibration.FILE)
         if run.cameras:

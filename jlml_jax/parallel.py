@@ -244,10 +244,15 @@ def together(function: Callable[[], T]) -> T:
     return value
 
 
+def on_first_process(function: Callable[[], T]) -> T | None:
+    """`function()` in process 0, for which the others wait; None in these. Errors as `together`."""
+    return together(lambda: function() if jax.process_index() == 0 else None)
+
+
 def first_then_others(function: Callable[[], T]) -> T:
     """`function()`, in process 0 before the others, so that one alone makes what all share; errors as `together`."""
     first = jax.process_index() == 0
-    value = together(lambda: function() if first else None)
+    value = on_first_process(function)
     return together(lambda: value if first else function())
 
 

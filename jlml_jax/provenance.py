@@ -20,7 +20,9 @@ def collect() -> dict[str, Any]:
     source = Path(__file__).parent
     spec = sys.modules["__main__"].__spec__  # None unless the process was started with -m
     program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
-    commit = _git(source, "rev-parse", "HEAD")
+    # An installed package may lie within another project's checkout, such as in its .venv.
+    tracked = _git(source, "ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit = _git(source, "rev-parse", "HEAD") if tracked else None
     return {
         "command": " ".join([program, *map(shlex.quote, sys.argv[1:])]),
         "commit": commit,

@@ -6,9 +6,7 @@ test (several data sets trained on together, or ImageNet) gets a page without wh
 
 import argparse
 import base64
-import functools
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ from jlml_jax import (
     protocols,
     result_rows,
 )
-from jlml_jax.checkpoints import RESULTS, SavedRun, load_run
+from jlml_jax.checkpoints import SavedRun, load_run, read_results
 from jlml_jax.datasets import Names
 from jlml_jax.datasets.base import DISTRACTOR, Split
 from jlml_jax.distances import l2_distances
@@ -80,10 +78,10 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
     if data_dir is not None:
         config.data.data_dir = data_dir
     parallel.keep_programs(config.compilation_cache)
-    results, history = _read_results(run.workdir), _read_history(run.workdir)
+    results, history = _read_results(run.workdir), read_metrics(run.workdir)
     protocol = protocols.load(config.data.name, config.data)
     trial, = protocols.add_distractors([protocol.trial(protocol.numbers(config.data.trials)[0])],
-                                       config.evaluate.get("extra_gallery", ""), config.data)
+                                       config.evaluate.extra_gallery, config.data)
     if trial.train is not None and trial.train.fingerprint() != run.label_map["fingerprint"]:
         raise UserError(f"{workdir} was trained on another version of {trial.dataset} than the one in data.data_dir; "
                         "give --data_dir of the data that it was trained on")
@@ -120,26 +118,12 @@ def _shows_real_people(dataset: str) -> bool:
 
 def _read_results(workdir: Path) -> dict[str, Any] | None:
     """results.json; in a trial's folder, with the means over all trials that lie beside it. None before evaluation."""
-    path = workdir / RESULTS
-    if not path.exists():
-        return None
-    results = _parse(path, lambda: json.loads(path.read_text()))
-    together = workdir.absolute().parent / RESULTS
-    if workdir.absolute().name.startswith("trial-") and together.exists():
-        means = _parse(together, lambda: json.loads(together.read_text())["rows"])
-        results["rows"] = results["rows"] + [row for row in means if row.get("trained_trial", row["trial"]) == "mean"]
+    results = read_results(workdir)
+    if results and workdir.absolute().name.startswith("trial-") and (
+            together := read_results(workdir.absolute().parent)):
+        results["rows"] = results["rows"] + [row for row in together["rows"]
+                                             if row.get("trained_trial", row["trial"]) == "mean"]
     return results
-
-
-def _read_history(workdir: Path) -> list[dict[str, float]]:
-    return _parse(workdir / "metrics.jsonl", lambda: read_metrics(workdir))
-
-
-def _parse(path: Path, read: Any) -> Any:
-    try:
-        return read()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not read ({error}); make it again, or remove it") from error
 
 
 # Tables and curves.
@@ -227,12 +211,8 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
     verdicts = calibration.load_verdicts(run.workdir, Extractor(run, mesh))  # refuses other weights' before the work
     model = build_model(config, num_identities=0)
     forward = evaluate.make_forward(model, config, mesh)
-    features = norm_statistics.features_of(
-        trial, lambda variables: functools.partial(
-            evaluate.extract_features, forward, variables, data=config.data, batch_size=config.evaluate.batch_size,
-            mesh=mesh),
-        parallel.replicate(run.variables, mesh), lambda: norm_statistics.make_statistics(model, config, mesh), config,
-        mesh)
+    features = norm_statistics.features_of(trial, forward, norm_statistics.make_statistics(model, config, mesh),
+                                           parallel.replicate(run.variables, mesh), config, mesh)
     query, gallery = (evaluate.matching_features(features(split), config.evaluate.normalize)
                       for split in (trial.query, trial.gallery))
     feature = list(query)[-1]  # what is matched by: joint, or the only branch

@@ -59,6 +59,30 @@ def test_a_run_becomes_a_record_without_this_machines_paths_and_a_line_beside_th
     assert "| 3 |" in page and "0123456" in page
 
 
+def test_results_of_fewer_steps_are_not_those_of_a_finished_run(tmp_path, kept):
+    folder = _run(tmp_path / "secret" / "modern", [_row(value=0.4567)])
+    results = json.loads((folder / "results.json").read_text())
+    results["provenance"]["steps"] = 100
+    (folder / "results.json").write_text(json.dumps(results))
+    assert accuracy.main([str(folder)]) == 0
+    assert "45.7" not in (kept / "accuracy.md").read_text()
+
+
+def test_a_test_of_others_is_not_of_people_held_out(tmp_path, kept):
+    other = _row(value=0.4567, dataset="viper", trained_on="market1501")
+    assert accuracy.main([str(_run(tmp_path / "modern", [_row(), other], **{"data.held_out_identities": 5}))]) == 0
+    titles = [line for line in (kept / "accuracy.md").read_text().splitlines() if line.startswith("## ")]
+    assert titles[:2] == ["## viper", "## market1501, people held out of the training set"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json"])
+def test_a_damaged_file_is_told(tmp_path, kept, capsys, name):
+    folder = _run(tmp_path / "modern", [_row()])
+    (folder / name).write_text("5\n")
+    assert accuracy.main([str(folder)]) == 2
+    assert f"{folder / name} does not read" in capsys.readouterr().err
+
+
 def test_a_run_evaluated_by_another_command_shows_the_one_that_trained(tmp_path, kept):
     folder = _run(tmp_path / "secret" / "modern", [_row()])
     path = folder / "results.json"

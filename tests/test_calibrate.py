@@ -1,5 +1,6 @@
 """Thresholds for "same person": their rates against counting one by one, the calibrate and compare commands."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jlml_jax import calibrate, calibration, compare, features_file, search
+from jlml_jax import calibrate, calibration, compare, features_file, protocols, search
+from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
 
 
@@ -38,6 +40,29 @@ def pairs_one_by_one(features, identities, cameras):
             elif cameras[i] != cameras[j]:
                 same.append(distance)
     return np.array(same), np.array(different)
+
+
+def test_images_that_are_queries_and_gallery_count_once(workdir, monkeypatch, capsys):
+    """As of people held out, whose queries are in the gallery, too; of another data set nobody is held out."""
+    config = json.loads((workdir / "config.json").read_text())
+    seen = []
+    load = protocols.load
+
+    def held_out(name, data):
+        seen.append(data.held_out_identities)
+        trial = load(name, data).trial(0)
+        query = trial.gallery.select(np.flatnonzero(np.arange(len(trial.gallery)) % 3 == 0))
+        return protocols.Protocol(1, lambda number: dataclasses.replace(trial, query=query))
+
+    monkeypatch.setattr(protocols, "load", held_out)
+    monkeypatch.setattr(protocols, "refuse_trained_on", lambda *_: None)
+    config["data"]["held_out_identities"] = 2
+    (workdir / "config.json").write_text(json.dumps(config))
+    calibrate.calibrate(workdir)
+    trial = held_out(config["data"]["name"], load_run(workdir).config.data).trial(0)
+    assert json.loads((workdir / "calibration.json").read_text())["source"]["images"] == len(trial.gallery)
+    calibrate.calibrate(workdir, dataset=config["data"]["name"])
+    assert seen == [2, 2, 0]
 
 
 def test_rates_are_those_counted_pair_by_pair(monkeypatch):

@@ -281,6 +281,19 @@ def test_means_are_of_trials_evaluated_alike(link, tmp_path, capsys):
                    if row["trial"] == "mean")
 
 
+def test_means_are_of_trials_trained_alike(link, tmp_path, capsys):
+    train_and_evaluate(link("viper", **{"data.trials": "0-2"}), tmp_path / "run")
+    path = tmp_path / "run" / "trial-01" / "results.json"
+    results = json.loads(path.read_text())
+    results["provenance"]["steps"] = 1  # evaluated before it was trained to its end
+    path.write_text(json.dumps(results))
+    capsys.readouterr()
+    rows = train_and_evaluate(link("viper", **{"data.trials": "0"}), tmp_path / "run", "evaluate")
+    assert "after fewer steps than the 2 of others and not in the means: trial-01" in capsys.readouterr().out
+    assert {tuple(row["trials"]) for row in rows if row["trial"] == "mean"} == {(0, 2)}
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["provenance"]["steps"] == 2
+
+
 def test_the_results_of_trials_tell_who_trained_each(link, tmp_path, monkeypatch):
     def provenance_by(command, trials, mode="train_and_evaluate"):
         monkeypatch.setattr(sys, "argv", ["-", command])

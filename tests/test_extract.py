@@ -115,6 +115,23 @@ def test_a_folder_to_a_file(capsys, tiny_run, tiny_extractor, crops, tmp_path, s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["crops", output.name]
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_a_flipped_bit_is_told_or_changes_nothing(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    table = features_file.FeaturesFile(rng.standard_normal((50, 8)).astype(np.float32), *np.array([["a"] * 50] * 3),
+                                       None, "root", "f" * 16)
+    path = tmp_path / f"features{suffix}"
+    features_file.write(path, table)
+    whole = path.read_bytes()
+    start = whole.index(table.features.tobytes()[:64])  # NumPy and Parquet both have the numbers as they are
+    for position in rng.integers(start, start + table.features.nbytes, 50):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is not a whole file of features|checksum verification failed"):
+            features_file.read(path)
+
+
 def test_boxes_of_frames(capsys, tiny_run, tiny_extractor, loaded_once, tmp_path):
     frame = images(1)[0].repeat(4, 0).repeat(4, 1)
     Image.fromarray(frame).save(tmp_path / "frame.png")

@@ -79,6 +79,14 @@ with gallery.writing():
 """
 
 
+def test_an_image_that_an_earlier_batch_has_added_is_not_added_again(tmp_path):
+    gallery = filled(tmp_path)
+    with gallery.writing():
+        gallery.add(entries(3, 4, camera="9"), features(13, 4))  # 3 and 4 are there
+    assert len(gallery) == 7 and gallery.features[:, 0].tolist() == [0, 1, 2, 3, 4, 15, 16]
+    assert gallery.cameras.tolist() == ["1", "1", "1", "9", "9", "9", "9"]
+
+
 def test_it_survives_being_killed_in_the_middle_of_an_add(tmp_path):
     folder = tmp_path / "g"
     process = subprocess.Popen([sys.executable, "-c", KILLED, folder], stdout=subprocess.PIPE, text=True, cwd=ROOT)

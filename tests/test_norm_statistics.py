@@ -1,6 +1,5 @@
 """Batch normalisation by the statistics of the tested images, without their labels."""
 
-import functools
 
 import jax
 import numpy as np
@@ -94,8 +93,7 @@ def test_each_cameras_own_statistics_undo_its_light(network, two_cameras, monkey
     for source in ("data", "camera"):
         variables = network.adapted(two_cameras, source)
         assert variables.keys() == ({None} if source == "data" else {None, 1, 2})
-        shares[source] = distance(norm_statistics.extract(
-            lambda variables: functools.partial(network.features, variables), variables, two_cameras))
+        shares[source] = distance(norm_statistics.extract_by_camera(network.features, variables, two_cameras))
     shares["run"] = distance(network.features(network.variables, two_cameras))
     assert shares["camera"] < 0.3 * min(shares["data"], shares["run"]), shares
 
@@ -115,10 +113,7 @@ def test_features_come_in_the_splits_order_and_of_an_unknown_camera_by_all(netwo
     mixed = two_cameras.select(np.random.default_rng(1).permutation(32)[:12])
     mixed.cameras[5] = 7
 
-    def extract(variables):
-        return functools.partial(network.features, variables)
-
-    features = norm_statistics.extract(extract, variables, mixed)
+    features = norm_statistics.extract_by_camera(network.features, variables, mixed)
     for row in range(12):
         camera = int(mixed.cameras[row])
         expected = network.features(variables.get(camera, variables[None]), mixed.select(np.array([row])))

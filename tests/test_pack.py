@@ -104,7 +104,7 @@ def test_thresholds_go_along_where_they_are_of_these_weights(tiny_run, unpacked,
     shutil.copy(ours / "config.json", theirs)  # which says where the images are
     for folder, kept in ((ours, False), (theirs, True)):
         calibrate.calibrate(folder)
-        (folder / "results.json").write_text("{}")
+        (folder / "results.json").write_text('{"rows": [], "provenance": {}}')
         capsys.readouterr()
         pack.pack(folder, tmp_path / "file.zip")
         assert ("calibration.json is left out" in capsys.readouterr().out) is not kept
@@ -112,6 +112,15 @@ def test_thresholds_go_along_where_they_are_of_these_weights(tiny_run, unpacked,
         files = {path.name for path in (tmp_path / f"{folder.name} again").iterdir()}
         assert files == {"checkpoints", "config.json", "label_map.json", "results.json", "training.json"} | (
             {"calibration.json"} if kept else set())
+
+
+def test_results_of_other_steps_stay_behind(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    results = {"rows": [], "provenance": {"steps": 4}}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    pack.pack(tmp_path / "run", tmp_path / "file.zip")
+    assert "results.json is left out, as it is of step 4, not 12" in capsys.readouterr().out
+    assert "results.json" not in zipfile.ZipFile(tmp_path / "file.zip").namelist()
 
 
 def test_a_run_that_has_not_ended_is_refused(tiny_run, tmp_path, capsys):

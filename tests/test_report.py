@@ -278,8 +278,9 @@ def test_what_the_user_can_mend(shop, shop_dir, tmp_path, capsys):
     assert "another version of folder/shop" in refusal(capsys, run)
     (workdir / "label_map.json").write_text(json.dumps(labels))
     for name in ("metrics.jsonl", "results.json"):
-        (workdir / name).write_text("{\n")
-        assert f"{workdir / name} does not read" in refusal(capsys, run)
+        for content in ("{\n", "5\n", '{"x": 1}\n'):
+            (workdir / name).write_text(content)
+            assert f"{workdir / name} does not read" in refusal(capsys, run)
     assert not (workdir / "report.html").exists()
 
 

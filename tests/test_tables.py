@@ -370,7 +370,7 @@ def write_run(run, scores, normalize="none"):
         row = {"dataset": run.config.data.name, "protocol": "single-query", "trial": trial, "feature": "joint",
                "normalize": normalize} | dict.fromkeys(result_rows.SCORES, rank1)
         rows = [row, row | {"feature": "chance", "rank1": 0.0}, row | {"trained_on": "grid", "rank1": 0.0}]
-        (folder / "results.json").write_text(json.dumps({"rows": rows}))
+        (folder / "results.json").write_text(json.dumps({"rows": rows, "provenance": {}}))
     (run.folder / "config.json").write_text(run.config.to_json())
     (run.folder / "results.json").touch()
 

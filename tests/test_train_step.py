@@ -12,6 +12,7 @@ from runs import assert_close_trees
 
 from configs import market1501
 from jlml_jax import device_data, models, optim, parallel, protocols, provenance, sampling, train, train_step
+from jlml_jax.command import Command
 from jlml_jax.device_data import place
 from jlml_jax.kept_step import KeptStep
 
@@ -21,12 +22,12 @@ class Parts:
 
     def __init__(self, config, count):
         self.seed, self.mesh = np.uint32(config.seed), parallel.make_mesh(jax.devices()[:count])
-        self.protocol = protocols.load(config.data.name, config.data).trial(0)
-        self.model = models.build_model(config, len(self.protocol.identities()))
+        self.trial = protocols.load(config.data.name, config.data).trial(0)
+        self.model = models.build_model(config, len(self.trial.identities()))
         self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
-        groups = sampling.identity_groups(self.protocol.labels(), config.train.images_per_identity)
-        cameras = self.protocol.camera_one_hot() if config.train.norm_by_camera else None
-        self.data = place(self.protocol.train, self.protocol.labels(), config.data.height, config.data.width,
+        groups = sampling.identity_groups(self.trial.labels(), config.train.images_per_identity)
+        cameras = self.trial.camera_one_hot() if config.train.norm_by_camera else None
+        self.data = place(self.trial.train, self.trial.labels(), config.data.height, config.data.width,
                           self.mesh, groups, cameras)
         self.state = train_step.init_state(config, self.model, self.optimizer, self.mesh)
 
@@ -208,15 +209,14 @@ def test_both_loaders_take_the_same_parts(tiny_config, tmp_path, images_per_iden
                              axis_name=parallel.BATCH_AXIS, micro_batches=2)
     _, drawn, drawn_cameras = jax.jit(jax.shard_map(draw, mesh=parts.mesh, in_specs=PartitionSpec(),
                                      out_specs=PartitionSpec(parallel.BATCH_AXIS), check_vma=False))(parts.data)
-    run = train._check_run(tiny_config, tmp_path, parts.protocol, others=[], mesh=parts.mesh, mode="train", source={},
-                           optimizer=parts.optimizer, make_step=None, make_forward=None,
-                           make_statistics=None)
+    asked = Command("train", parts.mesh, parts.optimizer, other_tests=[], provenance={})
+    run = train._check_run(asked, tiny_config, tmp_path, parts.trial)
     _, labels, cameras = next(train._batches(run, 0))
     np.testing.assert_array_equal(labels, drawn)
     np.testing.assert_array_equal(cameras, drawn_cameras)
-    in_order = parts.protocol.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8,
+    in_order = parts.trial.labels()[sampling.batch_indices(tiny_config.seed, 0, len(parts.data.labels), 8,
                                                               parts.data.groups)]
-    assert labels.tolist() != in_order.tolist()  # device by device, not part by part
+    assert labels.tolist() != in_order.tolist()  # device by device, not micro-batch by micro-batch
 
 
 def test_a_seed_draws_its_own_batches_in_the_same_program(smooth_config):

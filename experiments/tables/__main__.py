@@ -40,6 +40,7 @@ from jlml_jax import parallel
 from jlml_jax.checkpoints import RESULTS
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.files import user_path, write_atomically
+from jlml_jax.new_run import new_folder
 from jlml_jax.train import train_and_evaluate
 
 _CONFIG_NAMES = {"synthetic_pedestrians": "synthetic", "imagenet2012": "imagenet", "tiny_imagenet": "imagenet"}
@@ -121,7 +122,9 @@ def _make(run: Run) -> str:
         if run.trained_in and not run.folder.exists():  # the same weights, evaluated otherwise
             if not (run.trained_in / "checkpoints").exists() and not list(run.trained_in.glob("trial-*/checkpoints")):
                 return f"{run.trained_in}, which has its weights, is not trained"
-            shutil.copytree(run.trained_in, run.folder, ignore=shutil.ignore_patterns(RESULTS, "lock"))
+            with new_folder(run.folder, "--workdir") as part:
+                shutil.copytree(run.trained_in, part, dirs_exist_ok=True,
+                                ignore=shutil.ignore_patterns(RESULTS, "lock"))
         train_and_evaluate(run.config, run.folder)
     except UserError as error:
         return " ".join(str(error).split())

@@ -2,9 +2,8 @@
 
 import csv
 import dataclasses
-import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from experiments.tables.plan import BENCHMARKS, Run
 from experiments.tables.report import Figure, Report
 from jlml_jax import evaluate, norm_statistics, parallel, protocols
 from jlml_jax.checkpoints import RESULTS, load_run, trial_folders
-from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError
 from jlml_jax.files import user_path
 from jlml_jax.logs import read_metrics
@@ -221,15 +219,9 @@ def _scales(run: Run) -> dict[str, float]:
     config, mesh = trained.config, parallel.make_mesh()
     trial = protocols.load(config.data.name, config.data).trial(int(config.data.trials))
     model = build_model(config, len(trial.identities()))
-    forward = evaluate.make_forward(model, config, mesh)
-
-    def extract(variables: Any) -> Callable[[Split], evaluate.Features]:
-        return functools.partial(evaluate.extract_features, forward, variables, data=config.data,
-                                 batch_size=config.evaluate.batch_size, mesh=mesh)
-
     features = norm_statistics.features_of(
-        trial, extract, parallel.replicate(trained.variables, mesh),
-        lambda: norm_statistics.make_statistics(model, config, mesh), config, mesh)(trial.query)
+        trial, evaluate.make_forward(model, config, mesh), norm_statistics.make_statistics(model, config, mesh),
+        parallel.replicate(trained.variables, mesh), config, mesh)(trial.query)
     spread = {branch: float(values[:].var(axis=0).sum()) for branch, values in features.items()}
     lengths = {f"{branch}_norm": float(np.linalg.norm(values[:], axis=1).mean()) for branch, values in features.items()}
     return lengths | {"local_share": 100 * spread["local"] / sum(spread.values())}

@@ -17,7 +17,7 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 
 from jlml_jax import datasets
-from jlml_jax.checkpoints import FREE_FIELDS, RESULTS, with_defaults
+from jlml_jax.checkpoints import FREE_FIELDS, RESULTS, latest_step, read_results, with_defaults
 from jlml_jax.errors import UserError, first_few
 from jlml_jax.evaluate import NORMALIZE
 from jlml_jax.logs import read_metrics
@@ -192,7 +192,7 @@ class Run:
             return f"{self.folder} was made by another config: {first_few(differing)}"
         total = self.config.train.steps
         for folder in self.trials():
-            if (steps := steps_done(folder)) < total:
+            if (steps := latest_step(folder) or 0) < total:
                 name = f"{folder.name} is at " if folder != self.folder else ""
                 return f"unfinished: {name}step {steps} of {total}"
         # A run's folder gets its config at the start of every call, and its results at the end, after all trials'.
@@ -210,13 +210,13 @@ class Run:
 
     def results(self) -> list[dict[str, Any]]:
         """The rows of results.json, trial by trial, that are of the table's data set, ranked as its config says."""
-        rows = [row for folder in self.trials() for row in json.loads((folder / RESULTS).read_text())["rows"]]
+        rows = [row for folder in self.trials() for row in read_results(folder)["rows"]]
         return [row for row in rows if row["dataset"] == self.config.data.name and "trained_on" not in row
                 and row.get("normalize") == self.config.evaluate.normalize]
 
     def provenance(self) -> dict[str, Any]:
         """Where the results come from, with what the folder has beside results.json."""
-        of_trials = [json.loads((folder / RESULTS).read_text())["provenance"] for folder in self.trials()]
+        of_trials = [read_results(folder)["provenance"] for folder in self.trials()]
         rates = [line["images_per_second"] for folder in self.trials() for line in read_metrics(folder)]
         return of_trials[0] | {
             "config": json.loads((self.folder / "config.json").read_text()),
@@ -261,11 +261,6 @@ def training_seconds(parts: Sequence[Path], batch_size: int) -> float:
             seconds += (line["step"] - done) * batch_size / rate
             done = line["step"]
     return seconds
-
-
-def steps_done(folder: Path) -> int:
-    """The last step that the run's folder has a checkpoint of; 0: none."""
-    return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=0)
 
 
 def plan_runs(table: Table, config: ml_collections.ConfigDict, workdir: Path, seeds: list[int]) -> list[Run]:

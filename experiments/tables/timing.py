@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from jlml_jax import evaluate, models, optim, parallel, protocols, train, train_step
+from jlml_jax import evaluate, models, optim, parallel, protocols, sampling, train, train_step
 from jlml_jax.device_data import DeviceData
 
 _WARM_UP, _MEASURED = 2, 6  # steps
@@ -49,9 +49,15 @@ def estimate(config: ml_collections.ConfigDict) -> Estimate:
     state = train_step.init_state(config, model, optimizer, mesh)
     seed = parallel.replicate(np.uint32(config.seed), mesh)
     size = config.data.height, config.data.width
-    batch = _black(len(trial.train) if from_device_data else config.train.batch_size, *trial.train.training_size(*size))
-    batch = (parallel.replicate(DeviceData(*batch), mesh) if from_device_data
-             else parallel.shard_batch((*batch, None), mesh))
+    labels, cameras = trial.labels(), trial.camera_one_hot() if config.train.norm_by_camera else None
+    images = _black(len(labels) if from_device_data else config.train.batch_size, *trial.train.training_size(*size))
+    groups = sampling.identity_groups(labels, config.train.images_per_identity)
+    if from_device_data:
+        batch = parallel.replicate(DeviceData(images, labels.astype(np.int32), groups, cameras), mesh)
+    else:
+        rows = np.arange(config.train.batch_size) % len(labels)
+        batch = parallel.shard_batch(
+            (images, labels[rows].astype(np.int32), None if cameras is None else cameras[rows]), mesh)
     state, _ = jax.block_until_ready(step(state, batch, seed))
     compilation = time.perf_counter() - started
 
@@ -63,7 +69,7 @@ def estimate(config: ml_collections.ConfigDict) -> Estimate:
     seconds_a_step = _median_seconds(one_step)
 
     forward = evaluate.make_forward(model, config, mesh)
-    images = parallel.shard_batch(_black(config.evaluate.batch_size, *size)[0], mesh)
+    images = parallel.shard_batch(_black(config.evaluate.batch_size, *size), mesh)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     started = time.perf_counter()
     jax.block_until_ready(forward(variables, images))
@@ -75,8 +81,8 @@ def estimate(config: ml_collections.ConfigDict) -> Estimate:
                     len(numbers))
 
 
-def _black(number: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((number, height, width, 3), np.uint8), np.zeros(number, np.int32)
+def _black(number: int, height: int, width: int) -> np.ndarray:
+    return np.zeros((number, height, width, 3), np.uint8)
 
 
 def _median_seconds(call: Callable[[], Any]) -> float:

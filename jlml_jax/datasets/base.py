@@ -273,9 +273,10 @@ def parse_names(root: Path, folders: Sequence[str], pattern: re.Pattern, suffixe
     for folder in folders:
         images[folder] = []
         for path in sorted((root / folder).iterdir()):
-            if (match := pattern.fullmatch(path.name)) and (path.is_file()):
+            match = pattern.fullmatch(path.name)
+            if match and path.is_file():  # no pipe or folder of such a name
                 images[folder].append((path, match))
-            elif path.suffix.lower() in suffixes and not path.name.startswith("."):
+            elif not match and path.suffix.lower() in suffixes and not path.name.startswith("."):
                 unparsable.append(f"{folder}/{path.name}")
             elif path.name not in _KNOWN_STRAYS:
                 strays.append(f"{folder}/{path.name}")
