@@ -180,9 +180,6 @@ def page(counts: Counts, decoding: dict, steps: int, source: dict) -> str:
     cases = {where: [(utilisation, latency) for utilisation in UTILISATIONS for latency in where.latency]
              for where in SLICES}
 
-    def over(where: Slice, function) -> list[float]:
-        return [function(*case) for case in cases[where]]
-
     def pre_training_steps(where: Slice, batch_per_device: float) -> list[Step]:
         return [step_of(counts, where, batch_per_device, *case) for case in cases[where]]
 
@@ -196,7 +193,7 @@ def page(counts: Counts, decoding: dict, steps: int, source: dict) -> str:
         paper = pre_training_steps(where, GLOBAL_BATCH / where.devices)
         minutes = [steps * step.total / 60 for step in paper]
         busy = [step.compute / step.total for step in paper]
-        large = [step_of(counts, where, LARGE_BATCH, *case) for case in cases[where]]
+        large = pre_training_steps(where, LARGE_BATCH)
         fewer = [steps * GLOBAL_BATCH / (LARGE_BATCH * where.devices) * step.total / 60 for step in large]
         times.append([where.name, _range(minutes, ".0f"), _range([100 * share for share in busy], ".0f"),
                       str(LARGE_BATCH * where.devices), _range(fewer, ".1f")])

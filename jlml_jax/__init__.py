@@ -12,8 +12,8 @@ from typing import Any
 # another level when it is imported, so that a program which does that first has these lines.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# While Python looks for the module of `python -m jlml_jax.MODULE`, and then only, the program's name is -m. Until the
-# command sees to it, Ctrl-C would end the seconds in which it imports in a traceback.
+# Without a traceback, Ctrl-C ends a command during the seconds that its imports take. While Python looks for the module
+# of `python -m jlml_jax.MODULE`, and then only, the program's name is -m.
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

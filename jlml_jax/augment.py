@@ -46,7 +46,7 @@ def augment(key: jax.Array, images: jax.Array, settings: ml_collections.ConfigDi
 def _augment_one(settings, data, key, image):
     height, width = data.height, data.width
     rows, columns = jnp.arange(height), jnp.arange(width)  # of the resized image, where each of the result comes from
-    flip_key, crop_key = jax.random.split(key)
+    flip_key, crop_key = jax.random.split(key)  # what else is drawn is set apart by fold_in: this stays as it is
     if settings.crop_padding:  # by repeated edges
         pad = settings.crop_padding
         top, left = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)

@@ -34,7 +34,7 @@ FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_ev
                "compilation_cache", "profile", "train.steps_per_dispatch")
 
 RESULTS = "results.json"
-TRAINING = "training.json"  # provenance of each start that trained, if it is another's than the one's before it
+TRAINING = "training.json"  # see training_history.py
 
 _VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on another; NFS remembers what was not there
 

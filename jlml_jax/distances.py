@@ -15,7 +15,7 @@ from jlml_jax.errors import UserError
 BLOCK = 32 << 10  # gallery images whose distances are computed before the next are looked at
 _MAX_THREADS = 8  # bounds the memory
 _READ_AT_ONCE = 1 << 20  # numbers of a matrix that one thread copies at a time
-_RANGE = 2.0**60  # of sizes whose squares float32 holds beside each other
+_RANGE = 2.0**60  # largest over typical feature, beyond which float32 does not hold the squares of both
 _CLOSE = 0.1  # squared distance / (sum of squared norms) below which the matmul expansion has cancelled too much
 
 # From gallery columns int [B] to a function of queries int [n] to their distances [n, B]; threads call it.
@@ -105,8 +105,8 @@ def _parts(matrix: np.ndarray | LazyRows) -> list[slice]:
     return [slice(start, min(start + step, len(matrix))) for start in range(0, len(matrix), step)]
 
 
-def checked_pair(query_features: Features, gallery_features: Features
-              ) -> tuple[np.ndarray, np.ndarray | LazyRows]:
+def checked_pair(query_features: Features, gallery_features: Features) -> tuple[np.ndarray, np.ndarray | LazyRows]:
+    """Both as `checked` has them, the queries in memory; a ValueError if they are not of one length."""
     query, gallery = checked(query_features, "query features"), checked(gallery_features, "gallery features")
     if query.shape[1] != gallery.shape[1] or not query.shape[1]:
         raise ValueError(f"query and gallery features must agree in D > 0, got {query.shape} and {gallery.shape}")
@@ -114,71 +114,92 @@ def checked_pair(query_features: Features, gallery_features: Features
 
 
 def squared_l2(query: np.ndarray, gallery: np.ndarray | LazyRows, products: Products) -> tuple[DistancesTo, float]:
-    """Squared distances float32 by blocks, and the unit of the plain distance.
+    """Squared distances float32 by blocks of the gallery, in a common unit, and that unit of the plain distance.
 
-    All blocks have one centre and one unit, so that distances compare over blocks.
+    Raises:
+      UserError: a feature is immensely larger than the others.
     """
-    # Any centre gives the same distances; one amid the data keeps the norms, and so the cancellation, small. On a grid
-    # of powers of two about as coarse as the data's spread the shift is exact for integers and the like, so that equal
-    # distances stay equal.
     dtype = np.result_type(query.dtype, gallery.dtype)
     sample = gallery[:: max(1, len(gallery) // 1024)].astype(np.float64)
+    centre = _centre(sample).astype(dtype)
+    scale = _scale(query, gallery, centre, sample)
+    return _Blocks(query, gallery, products, centre, dtype.type(1 / scale)).distances_to, scale
+
+
+def _centre(sample: np.ndarray) -> np.ndarray:
+    """A point amid the features, float64 [D], to measure from.
+
+    Any gives the same distances; this one keeps the norms small, and so the cancellation. On a grid of powers of two
+    about as coarse as the data's spread the shift is exact for integers and the like: equal distances stay equal.
+    """
     mean, spread = sample.mean(axis=0), sample.std(axis=0)
     grid = np.ldexp(1.0, np.frexp(spread)[1])
-    centre = np.where(spread > 0, np.round(mean / grid) * grid, mean).astype(dtype)
-    # Without a common scale, squares of very large or very small features would leave float32's range.
-    def largest_of(features: np.ndarray, part: slice) -> tuple[float, int]:
-        sizes = np.abs(features[part] - centre).max(axis=1)
-        return float(sizes.max()), part.start + int(sizes.argmax())
+    return np.where(spread > 0, np.round(mean / grid) * grid, mean)
 
-    def largest_row(features: np.ndarray | LazyRows) -> tuple[float, int]:
-        return max(pool.map(functools.partial(largest_of, features), _parts(features)), default=(0.0, 0))
+
+def _scale(query: np.ndarray, gallery: np.ndarray | LazyRows, centre: np.ndarray, sample: np.ndarray) -> float:
+    """A power of two of about the largest feature: squares of very large or small ones would leave float32's range."""
+    def largest_of(features: np.ndarray | LazyRows, rows: slice) -> tuple[float, int]:
+        sizes = np.abs(features[rows] - centre).max(axis=1)
+        return float(sizes.max()), rows.start + int(sizes.argmax())
 
     with threads() as pool:
-        largest, row, name = max((*largest_row(query), "query"), (*largest_row(gallery), "gallery"))
+        largest, row, name = max(
+            (*max(pool.map(functools.partial(largest_of, features), _parts(features)), default=(0.0, 0)), name)
+            for features, name in ((query, "query"), (gallery, "gallery")))
     typical = float(np.median(np.abs(sample - centre).max(axis=1)))
     if 0 < typical < largest / _RANGE:
         raise UserError(f"{name} features: row {row} has values of {largest:.0e} where those of most others are of "
                         f"{typical:.0e}, which would vanish beside them; mend it or leave it out")
-    scale = math.ldexp(1.0, min(100, max(-100, math.frexp(largest)[1])))
+    return math.ldexp(1.0, min(100, max(-100, math.frexp(largest)[1])))
 
-    def centred(features: np.ndarray) -> np.ndarray:
-        features = features - centre
-        features *= dtype.type(1 / scale)
-        return features.astype(np.float32, copy=False)
 
-    centred_query = centred(query)
-    query_norms = _squared_norms(centred_query)
-    centred_query *= -2
+class _Blocks:
+    """Squared distances by blocks, all from one centre and in one unit, so that they compare over blocks."""
 
-    def distances_to(columns: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        block = np.empty((len(columns), gallery.shape[1]), np.float32)
+    def __init__(self, query: np.ndarray, gallery: np.ndarray | LazyRows, products: Products, centre: np.ndarray,
+                 factor: np.floating):
+        self._query, self._gallery, self._products = query, gallery, products
+        self._centre, self._factor = centre, factor
+        self._minus_two_queries = self._centred(query)
+        self._query_norms = _squared_norms(self._minus_two_queries)
+        self._minus_two_queries *= -2
+
+    def distances_to(self, columns: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """A function of queries int [n] to their squared distances [n, B] to the gallery's `columns` int [B]."""
+        block = np.empty((len(columns), self._gallery.shape[1]), np.float32)
         gallery_norms = np.empty(len(columns), np.float32)
 
-        def read(part: slice) -> None:
-            block[part] = centred(gallery[columns[part]])
-            gallery_norms[part] = _squared_norms(block[part])
+        def read(rows: slice) -> None:
+            block[rows] = self._centred(self._gallery[columns[rows]])
+            gallery_norms[rows] = _squared_norms(block[rows])
 
         with threads() as pool:
             list(pool.map(read, _parts(block)))
-        multiply = products(block)
+        multiply = self._products(block)
 
-        def distances(rows: np.ndarray) -> np.ndarray:
-            squared = multiply(centred_query[rows])
-            for index, row in zip(rows, squared, strict=True):
-                norms = gallery_norms + query_norms[index]
+        def distances(queries: np.ndarray) -> np.ndarray:
+            squared = multiply(self._minus_two_queries[queries])
+            for query, row in zip(queries, squared, strict=True):
+                norms = gallery_norms + self._query_norms[query]
                 row += norms
                 norms *= _CLOSE
-                close = np.flatnonzero(row < norms)
-                for part in split(close, 256):  # as many as stay in the cache
-                    difference = gallery[columns[part]] - query[index]
-                    difference *= dtype.type(1 / scale)
-                    row[part] = np.einsum("gd,gd->g", difference, difference)
+                for close in split(np.flatnonzero(row < norms), 256):  # as many as stay in the cache
+                    row[close] = self._from_differences(query, columns[close])
             return squared
 
         return distances
 
-    return distances_to, scale
+    def _centred(self, features: np.ndarray) -> np.ndarray:
+        features = features - self._centre
+        features *= self._factor
+        return features.astype(np.float32, copy=False)
+
+    def _from_differences(self, query: int, columns: np.ndarray) -> np.ndarray:
+        """[n], without cancellation."""
+        difference = self._gallery[columns] - self._query[query]
+        difference *= self._factor
+        return np.einsum("gd,gd->g", difference, difference)
 
 
 def _squared_norms(features: np.ndarray) -> np.ndarray:

@@ -64,7 +64,10 @@ def of_camera(own: Any, number: int, of_all: Any) -> Any:
 
 
 def chosen_images(number: int) -> np.ndarray:
-    """At most `MOST_IMAGES` of so many, in random order: neighbours in a list are of one camera, or one person."""
+    """The rows int [at most `MOST_IMAGES`] of `number` images to measure, in random order.
+
+    In the order of a list a batch would be of one camera, or of one person.
+    """
     return np.random.RandomState(0).permutation(number)[:MOST_IMAGES]
 
 

@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PosixPath
 from unittest import mock
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
@@ -284,7 +283,7 @@ def gallery(folder: Path) -> Target:
 def _features_file(folder: Path, suffix: str) -> Target:
     from jlml_jax import calibrate, features_file
 
-    def table(boxes: bool, **options: int) -> features_file.FeaturesFile:
+    def table(boxes: bool) -> features_file.FeaturesFile:
         return features_file.FeaturesFile(
             np.arange(24, dtype=np.float32).reshape(6, 4), np.array([f"{i}.png" for i in range(6)]),
             np.array(["1", "1", "junk", "", "distractor", "2"]), np.array(["1", "2", "", "1", "2", "3"]),

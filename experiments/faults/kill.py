@@ -77,9 +77,6 @@ class Process:
     def has_told(self, text: str) -> bool:
         return any(text in line for _, line in self.lines)
 
-    def seconds_until(self, text: str) -> float:
-        return next(seconds for seconds, line in self.lines if text in line)
-
     def end(self, number: signal.Signals | None = None, timeout: float = TIMEOUT) -> int:
         """Sends the signal, if any; the exit status, that of a shell where the signal's default action ended it."""
         if number is not None:

@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The forked processes inherit what is imported.
 import jax.numpy  # noqa: F401

@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import mmap
-import os
 import shutil
 import statistics
 import sys
@@ -19,8 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 from unittest import mock
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import numpy as np

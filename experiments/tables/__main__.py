@@ -18,14 +18,10 @@ The config of all rows is configs/DATASET.py with all trials of the protocol, or
 field for all rows. In init_from, {row} stands for the row's name: a row of another network needs its own pre-training.
 """
 
-import os
 import shutil
 import sys
 import traceback
 from pathlib import Path
-
-# XLA tells of its own tuning flags as errors whenever it takes a CPU program from the compilation cache.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import ml_collections
