@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import BenchmarkBuilder, Crop, count
+from jlml_jax.datasets.base import ArrayRecordBuilder, BenchmarkBuilder, Crop, count
 from jlml_jax.datasets.images import decode_image
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.files import user_path
@@ -88,50 +88,21 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
         UserError: the original files are not those published, or `data_dir` cannot take the data.
     """
     dataset = datasets.builder(name, data_dir)
-    drawn = getattr(dataset, "DRAWN", False)
-    if drawn and source is not None:
-        raise UserError(f"{name} is drawn, not read: leave out --source")
-    if drawn and incomplete is not None:
-        raise UserError(f"{name} is drawn, nothing of it can be missing: leave out --incomplete")
-    if incomplete is not None and not drawn and not isinstance(dataset, BenchmarkBuilder):
-        raise UserError(f"{name} is built from whole archives alone: leave out --incomplete")
-    if incomplete is not None and len(incomplete.strip().splitlines()) != 1:
-        raise UserError("--incomplete needs one line that says why, such as --incomplete='resized to 64x128'")
-    if not drawn and not source:
-        raise UserError(f"{name} needs --source=FOLDER. {' '.join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())}")
+    _check_arguments(name, dataset, source, incomplete)
     if dataset.is_prepared() and not overwrite:
         print(f"{name} is prepared already in {dataset.data_path} (--overwrite builds it anew)")
         _tell_incomplete(name, data_dir)
         return
 
+    source = None if dataset.DRAWN else user_path(source)
     root = Path(dataset.data_dir_root)
-    if drawn:
-        check_room(root, 0)
-    elif not isinstance(dataset, BenchmarkBuilder):  # TFDS's own, which checks the archives while it reads them
-        source = user_path(source)
-        check_room(root, int(1.1 * dataset.check_archives(source)))
-    else:
-        source = user_path(source)
-        try:
-            originals = dataset.inspect(source)
-        except OSError as error:
-            raise UserError(f"cannot read {source} ({error}); give a readable --source") from error
-        if originals.unexpected:
-            print(f"{len(originals.unexpected)} files not of the data set are left out: "
-                  f"{first_few([printable(path) for path in originals.unexpected], '; ')}")
-        for note in (*originals.notes, *originals.defects):
-            print(note)
-        print_counts(originals.splits, dataset.EXPECTED)
-        differences = dataset.differences(originals)
-        if differences and incomplete is None:
-            raise UserError(f"{source} does not hold the data set as published: {first_few(differences, '; ')}; unpack "
-                            "or copy the original files again, or build what is known to be incomplete with "
-                            "--incomplete=WHY")
-        if empty := [split for split, crops in originals.splits.items() if not crops]:
-            raise UserError(f"{source} has no images of {', '.join(empty)}; copy at least some of the original files")
+    if isinstance(dataset, BenchmarkBuilder):
+        crops = check_originals(dataset, source, incomplete)
         check_room(root, 0)  # before the minutes that decoding may take
-        num_bytes = check_images([crop for crops in originals.splits.values() for crop in crops], source)
-        check_room(root, int(1.1 * num_bytes))  # images as they are, plus annotation and index
+        num_bytes = check_images(crops, source)
+    else:  # TFDS's own builder, if not drawn, which checks the archives while it reads them
+        num_bytes = 0 if dataset.DRAWN else dataset.check_archives(source)
+    check_room(root, int(1.1 * num_bytes))  # images as they are, plus annotation and index
 
     print(f"writing {dataset.data_path}")
     try:
@@ -151,6 +122,46 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
     print(f"{name} is prepared: " + ", ".join(f"{split} {info.num_examples:,}"
                                               for split, info in dataset.info.splits.items()))
     _tell_incomplete(name, data_dir)
+
+
+def _check_arguments(name: str, dataset: ArrayRecordBuilder, source: str | Path | None, incomplete: str | None) -> None:
+    """Refuses what `prepare` is given if it makes no sense together."""
+    if dataset.DRAWN and source is not None:
+        raise UserError(f"{name} is drawn, not read: leave out --source")
+    if dataset.DRAWN and incomplete is not None:
+        raise UserError(f"{name} is drawn, nothing of it can be missing: leave out --incomplete")
+    if incomplete is not None and not isinstance(dataset, BenchmarkBuilder):
+        raise UserError(f"{name} is built from whole archives alone: leave out --incomplete")
+    if incomplete is not None and len(incomplete.strip().splitlines()) != 1:
+        raise UserError("--incomplete needs one line that says why, such as --incomplete='resized to 64x128'")
+    if not dataset.DRAWN and not source:
+        raise UserError(f"{name} needs --source=FOLDER. {' '.join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())}")
+
+
+def check_originals(dataset: BenchmarkBuilder, source: Path, incomplete: str | None) -> list[Crop]:
+    """The crops in the original files in `source`; prints how many there are.
+
+    Raises:
+        UserError: they do not read, or are not those published, and it was not said that they are `incomplete`.
+    """
+    try:
+        originals = dataset.inspect(source)
+    except OSError as error:
+        raise UserError(f"cannot read {source} ({error}); give a readable --source") from error
+    if originals.unexpected:
+        print(f"{len(originals.unexpected)} files not of the data set are left out: "
+              f"{first_few([printable(path) for path in originals.unexpected], '; ')}")
+    for note in (*originals.notes, *originals.defects):
+        print(note)
+    print_counts(originals.splits, dataset.EXPECTED)
+    differences = dataset.differences(originals)
+    if differences and incomplete is None:
+        raise UserError(f"{source} does not hold the data set as published: {first_few(differences, '; ')}; unpack "
+                        "or copy the original files again, or build what is known to be incomplete with "
+                        "--incomplete=WHY")
+    if empty := [split for split, crops in originals.splits.items() if not crops]:
+        raise UserError(f"{source} has no images of {', '.join(empty)}; copy at least some of the original files")
+    return [crop for crops in originals.splits.values() for crop in crops]
 
 
 def _tell_incomplete(name: str, data_dir: str | Path | None) -> None:

@@ -109,7 +109,7 @@ def names(name: str, data_dir: str | None = None) -> Names:
 def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     dataset = builder(name, data_dir)
     if not dataset.is_prepared():
-        if not getattr(dataset, "DRAWN", False):
+        if not dataset.DRAWN:
             fetch = " ".join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
             raise UserError(f"{name} is not prepared in {dataset.data_dir_root}. {fetch} Then run "
                             f"python -m jlml_jax.prepare {name} --source=ORIGINAL_FILES "

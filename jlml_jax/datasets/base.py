@@ -31,6 +31,8 @@ DISTRACTOR = 0
 class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base of all builders: data that are written whole or not at all, as array_record if nothing else is asked for."""
 
+    DRAWN = False  # rather than read from original files
+
     def __init__(self, *, file_format: str | tfds.core.FileFormat | None = None, **kwargs):
         super().__init__(file_format=file_format, **kwargs)
         if file_format is None and not self.info.initialized:  # else that of what is prepared already
