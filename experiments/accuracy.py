@@ -16,7 +16,7 @@ from typing import Any
 from experiments.tables import published
 from experiments.tables.plan import BENCHMARKS, training_seconds, without_paths
 from experiments.tables.report import markdown_table
-from jlml_jax.checkpoints import latest_step, read_results, with_defaults
+from jlml_jax.checkpoints import CONFIG, latest_step, read_results, with_defaults
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.files import write_atomically
 from jlml_jax.logs import read_metrics
@@ -47,9 +47,9 @@ _SHOWN = (*(score for score in SCORES if score != "mean_inp"), f"{RERANKED}rank1
 def make_record(folder: Path) -> dict[str, Any]:
     """What is kept of the run in `folder`, as JSON."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no run's folder: config.json: {error}; give the --workdir of a run") from error
+        raise UserError(f"{folder} is no run's folder: {CONFIG}: {error}; give the --workdir of a run") from error
     fields = with_defaults(config)
     defaults = with_defaults({})
     parts = sorted(folder.glob("trial-*")) or [folder]

@@ -11,12 +11,11 @@ import jax
 import numpy as np
 
 from jlml_jax import camera_statistics, norm_statistics, parallel
-from jlml_jax.checkpoints import SavedRun, load_run
+from jlml_jax.checkpoints import CONFIG, LABEL_MAP, SavedRun, load_run
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.files import user_path
 from jlml_jax.models import build_model
 from jlml_jax.new_run import new_folder, write_checkpoint
-from jlml_jax.pack import CONFIG, LABEL_MAP
 from jlml_jax.user_images import NothingRead, UserImage, list_images, read_batches
 
 FEWEST_IMAGES = 16  # statistics of less would be those of single pictures

@@ -33,13 +33,14 @@ from jlml_jax.files import lock, user_path, write_atomically
 FREE_FIELDS = ("name", "data.data_dir", "evaluate.", "log_every", "checkpoint_every", "keep_checkpoints",
                "compilation_cache", "profile", "train.steps_per_dispatch")
 
+# What is in a run's folder.
+CONFIG, LABEL_MAP = "config.json", "label_map.json"
 RESULTS = "results.json"
 TRAINING = "training.json"  # see training_history.py
 
 _VISIBLE_WITHIN = 60  # seconds in which a file made on one host is seen on another; NFS remembers what was not there
 
-_LABEL_MAP, _CONFIG, _LOCK, _CHECKPOINTS, _DIGESTS = (
-    "label_map.json", "config.json", "lock", "checkpoints", "sha256.json")
+_LOCK, _CHECKPOINTS, _DIGESTS = "lock", "checkpoints", "sha256.json"
 
 
 def _steps(workdir: Path) -> list[int]:
@@ -67,13 +68,13 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
     Returns what holds the lock on the folder until it is closed; nothing on the folder of several trials, which may be
     trained at the same time.
     """
-    config_path, labels_path = workdir / _CONFIG, workdir / _LABEL_MAP
+    config_path, labels_path = workdir / CONFIG, workdir / LABEL_MAP
     try:
         with contextlib.ExitStack() as held:
             workdir.mkdir(parents=True, exist_ok=True)
-            if not config_path.exists() and not all(path.name.startswith((_CONFIG, _LOCK))
+            if not config_path.exists() and not all(path.name.startswith((CONFIG, _LOCK))
                                                     for path in workdir.iterdir()):
-                raise UserError(f"{workdir} has files in it but no {_CONFIG}, so it is not a run's folder; "
+                raise UserError(f"{workdir} has files in it but no {CONFIG}, so it is not a run's folder; "
                                 "give another --workdir or empty it")
             if label_map is not None:
                 held.enter_context(lock(workdir / _LOCK, "wait until that has ended, stop it, or give "
@@ -108,9 +109,9 @@ def _read_json(path: Path) -> Any:
 def await_claimed(workdir: Path) -> None:
     """Waits in other processes than the one that called `claim_workdir` until they see what it wrote."""
     deadline = time.monotonic() + _VISIBLE_WITHIN
-    while not (workdir / _CONFIG).exists():
+    while not (workdir / CONFIG).exists():
         if time.monotonic() > deadline:
-            raise UserError(f"{workdir / _CONFIG}, which process 0 has written, is not seen here; give a --workdir "
+            raise UserError(f"{workdir / CONFIG}, which process 0 has written, is not seen here; give a --workdir "
                             "that all hosts share")
         time.sleep(0.1)
 
@@ -134,7 +135,7 @@ def trial_folder(number: int) -> str:
 
 def trial_folders(workdir: Path) -> list[Path]:
     """The folders of the trials that a run of several has begun in `workdir`; none of any other run."""
-    return sorted(path.parent for path in workdir.glob(f"trial-*/{_LABEL_MAP}"))
+    return sorted(path.parent for path in workdir.glob(f"trial-*/{LABEL_MAP}"))
 
 
 def read_description(workdir: Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
@@ -148,15 +149,15 @@ def read_description(workdir: Path) -> tuple[ml_collections.ConfigDict, dict[str
     try:
         config = default.get_config()  # of fields that came after the run
         with config.unlocked():
-            config.update(_with_tuples(json.loads((workdir / _CONFIG).read_text())))
-        label_map = json.loads((workdir / _LABEL_MAP).read_text())
+            config.update(_with_tuples(json.loads((workdir / CONFIG).read_text())))
+        label_map = json.loads((workdir / LABEL_MAP).read_text())
         if not isinstance(label_map, dict) or {"dataset", "fingerprint", "identities", "init_from"} - label_map.keys():
-            raise ValueError(f"{_LABEL_MAP} lacks fields")
+            raise ValueError(f"{LABEL_MAP} lacks fields")
     except OSError as error:
         raise UserError(f"{workdir} is not a run's folder ({error.strerror}: {Path(error.filename).name}); give one "
                         "that jlml_jax.main or jlml_jax.unpack has made") from error
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{workdir} has a damaged {_CONFIG} or {_LABEL_MAP} ({error}); train again") from error
+        raise UserError(f"{workdir} has a damaged {CONFIG} or {LABEL_MAP} ({error}); train again") from error
     return config, label_map
 
 
@@ -223,7 +224,7 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
 
 def load_label_map(workdir: Path) -> dict[str, Any]:
     """The label map of the run in `workdir`, which has a checkpoint."""
-    return _read_json(workdir / _LABEL_MAP)
+    return _read_json(workdir / LABEL_MAP)
 
 
 def _with_tuples(value: Any) -> Any:

@@ -14,15 +14,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jlml_jax import calibration, camera_statistics, parallel
-from jlml_jax.checkpoints import RESULTS, TRAINING, load_run, read_results
+from jlml_jax.checkpoints import CONFIG, LABEL_MAP, RESULTS, TRAINING, load_run, read_results
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
 from jlml_jax.files import check_output, user_path, write_output
 
 FORMAT = 1
-# Members of the archive; weights are arrays of NumPy's format, by their dotted paths.
-ABOUT, CONFIG, LABEL_MAP, WEIGHTS = "about.json", "config.json", "label_map.json", "weights/"
+# Members of the archive beside those of a run's folder; weights are arrays of NumPy's format, by their dotted paths.
+ABOUT, WEIGHTS = "about.json", "weights/"
 TOLERANCE = 1e-2  # of the features, relative to their norm
 _CROPS = 5
 

@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jlml_jax import calibration, camera_statistics
-from jlml_jax.checkpoints import RESULTS, TRAINING, SavedRun, read_description
+from jlml_jax.checkpoints import CONFIG, LABEL_MAP, RESULTS, TRAINING, SavedRun, read_description
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.files import user_path
 from jlml_jax.new_run import new_folder, write_checkpoint
-from jlml_jax.pack import ABOUT, CONFIG, FORMAT, LABEL_MAP, WEIGHTS
+from jlml_jax.pack import ABOUT, FORMAT, WEIGHTS
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "market1501.zip"
 

@@ -331,7 +331,7 @@ def run(folder: Path) -> Target:
                  "identities": {"market1501": [1, 2, 3]}}
     verdicts = {"fingerprint": "f" * 16, "thresholds": [{"rate": 0.01, "threshold": 1.5}, {"rate": 0.001,
                                                                                            "threshold": None}]}
-    files = (checkpoints._CONFIG, checkpoints._LABEL_MAP, calibration.FILE)
+    files = (checkpoints.CONFIG, checkpoints.LABEL_MAP, calibration.FILE)
 
     def read(data: bytes) -> None:
         for file, content in zip(files, (data.split(b"\n---\n") + [b"", b""])[:3], strict=True):

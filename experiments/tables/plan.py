@@ -17,7 +17,7 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 
 from jlml_jax import datasets
-from jlml_jax.checkpoints import FREE_FIELDS, RESULTS, latest_step, read_results, with_defaults
+from jlml_jax.checkpoints import CONFIG, FREE_FIELDS, RESULTS, latest_step, read_results, with_defaults
 from jlml_jax.errors import UserError, first_few
 from jlml_jax.evaluate import NORMALIZE
 from jlml_jax.logs import read_metrics
@@ -181,7 +181,7 @@ class Run:
 
     def missing(self) -> str:
         """What the run lacks, in one line; empty if it is trained to the end and evaluated, and by this very config."""
-        config, results = self.folder / "config.json", self.folder / RESULTS
+        config, results = self.folder / CONFIG, self.folder / RESULTS
         try:
             made = json.loads(config.read_text())
         except FileNotFoundError:
@@ -219,7 +219,7 @@ class Run:
         of_trials = [read_results(folder)["provenance"] for folder in self.trials()]
         rates = [line["images_per_second"] for folder in self.trials() for line in read_metrics(folder)]
         return of_trials[0] | {
-            "config": json.loads((self.folder / "config.json").read_text()),
+            "config": json.loads((self.folder / CONFIG).read_text()),
             "wall_time_seconds": round(sum(source["wall_time_seconds"] for source in of_trials), 1),
             "train_fingerprint": [source["train_fingerprint"] for source in of_trials],
             "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
