@@ -116,7 +116,11 @@ def calibrate(counts: PairCounts) -> dict[str, Any]:
 
 
 def save(workdir: Path, result: dict[str, Any], extractor: Extractor, source: dict[str, Any]) -> Path:
-    """Writes calibration.json into the run, whole or not at all; `source` says which images it is of."""
+    """Writes calibration.json into the run, whole or not at all; `source` says which images it is of.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     path = workdir / FILE
     content = {"fingerprint": extractor.fingerprint, "source": source, **result, "provenance": provenance.collect()}
     try:

@@ -67,6 +67,9 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
 
     Returns what holds the lock on the folder until it is closed; nothing on the folder of several trials, which may be
     trained at the same time.
+
+    Raises:
+        UserError: the folder is another run's, is in use, or cannot be written.
     """
     config_path, labels_path = workdir / CONFIG, workdir / LABEL_MAP
     try:
@@ -107,7 +110,11 @@ def _read_json(path: Path) -> Any:
 
 
 def await_claimed(workdir: Path) -> None:
-    """Waits in other processes than the one that called `claim_workdir` until they see what it wrote."""
+    """Waits in other processes than the one that called `claim_workdir` until they see what it wrote.
+
+    Raises:
+        UserError: they are not seen within a minute.
+    """
     deadline = time.monotonic() + _VISIBLE_WITHIN
     while not (workdir / CONFIG).exists():
         if time.monotonic() > deadline:
@@ -347,7 +354,11 @@ class Checkpoints:
             os.posix_fallocate(file.fileno(), 0, num_bytes + (1 << 20))  # and what describes the arrays
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
-        """The latest state, with the shapes, types and shardings of `state` (arrays or shapes), and its progress."""
+        """The latest state, with the shapes, types and shardings of `state` (arrays or shapes), and its progress.
+
+        Raises:
+            UserError: no checkpoint is whole, or the latest whole one is of another network or does not read.
+        """
         step = self.latest_step()
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         try:

@@ -55,7 +55,11 @@ def decode_batches(split: Split, batches: Iterator[np.ndarray], data: ml_collect
 
 def extract_features(forward: Forward, variables: Any, split: Split, data: ml_collections.ConfigDict,
                      batch_size: int, mesh: Mesh) -> Features:
-    """Features by branch, float32 [N, dim] in the split's order, computed on all devices of the mesh."""
+    """Features by branch, float32 [N, dim] in the split's order, computed on all devices of the mesh.
+
+    Raises:
+        UserError: the batch size does not divide over the mesh, or features are not finite.
+    """
     parallel.check_batch_size(batch_size, mesh, "evaluate.batch_size")
     rows = parallel.process_slice(batch_size)
     batches = [(indices[rows], mask) for indices, mask in sampling.evaluation_batches(len(split), batch_size)]

@@ -57,7 +57,11 @@ def check_output(path: Path) -> None:
 
 
 def write(path: Path, table: FeaturesFile) -> None:
-    """Writes all of the file or nothing, in place of one that may be there."""
+    """Writes all of the file or nothing, in place of one that may be there.
+
+    Raises:
+        UserError: the file cannot be written, or pyarrow, which Parquet needs, is not installed.
+    """
     def write_npz(file: BinaryIO) -> None:
         fields = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
         np.savez(file, **{name: np.asarray(value) for name, value in fields.items() if value is not None})

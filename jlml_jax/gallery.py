@@ -73,7 +73,11 @@ class Gallery:
 
     @classmethod
     def create(cls, folder: Path, fingerprint: str, dim: int) -> "Gallery":
-        """Makes an empty gallery in `folder`, which must be empty or not there, and opens it."""
+        """Makes an empty gallery in `folder`, which must be empty or not there, and opens it.
+
+        Raises:
+            UserError: the folder holds something else, is in use, or cannot be written.
+        """
         part = folder / f"{_DATABASE}.part"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +144,9 @@ class Gallery:
         """Adds images and their features [len(new), D], and renames those of `seen`, which are there; all or nothing.
 
         Images twice in `new`, or there already, are added once.
+
+        Raises:
+            UserError: there is no room, or the gallery is damaged; what was in it is as it was.
         """
         first, there = {}, self.cameras_of({loaded.digest for loaded in new})
         for index, loaded in enumerate(new):

@@ -28,6 +28,9 @@ def exclusive_l12_norm(kernel: jax.Array, num_strips: int) -> jax.Array:
 
     kernel [num_strips * d, outputs], its rows strip-major: strip j owns rows j * d to (j + 1) * d - 1. The gradient at
     a zero weight is 0.
+
+    Raises:
+        ValueError: the rows do not divide into the strips.
     """
     if kernel.shape[0] % num_strips:
         raise ValueError(f"{kernel.shape[0]} rows do not divide into {num_strips} strips")

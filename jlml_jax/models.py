@@ -185,7 +185,11 @@ class JLML(nn.Module):
 
 
 def build_model(config: ml_collections.ConfigDict, num_identities: int) -> JLML:
-    """The network of `config.model`, in the form that suits this backend."""
+    """The network of `config.model`, in the form that suits this backend.
+
+    Raises:
+        UserError: a field has an unknown value, or the input size does not divide into the strips.
+    """
     for field, known in (("branches", ("both", "global", "local")), ("loss", ("multi", "uni"))):
         if config.model[field] not in known:
             raise UserError(f"model.{field}={config.model[field]!r} is unknown; known are {', '.join(known)}")

@@ -19,7 +19,11 @@ from jlml_jax.train_step import init_state
 
 @contextlib.contextmanager
 def new_folder(workdir: Path, option: str) -> Iterator[Path]:
-    """A folder to fill, which is there as `workdir`, the value of `option`, once it is filled, and else not at all."""
+    """A folder to fill, which is there as `workdir`, the value of `option`, once it is filled, and else not at all.
+
+    Raises:
+        UserError: it is there already, or cannot be made.
+    """
     with _told_of(workdir, option):
         if workdir.exists():
             raise UserError(f"{workdir} is there already; give another {option}")
@@ -43,7 +47,11 @@ def _told_of(workdir: Path, option: str) -> Iterator[None]:
 
 
 def write_checkpoint(folder: Path, run: SavedRun) -> None:
-    """The checkpoint of a finished run: momentum is gone, and not needed any more."""
+    """The checkpoint of a finished run: momentum is gone, and not needed any more.
+
+    Raises:
+        UserError: the weights are not those of the network in the run's config.
+    """
     config = run.config
     model = build_model(config, sum(len(identities) for identities in run.label_map["identities"].values()))
     expected = flatten_dict(variable_shapes(model, config.data.height, config.data.width), sep=".")

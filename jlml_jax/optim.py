@@ -12,6 +12,9 @@ def learning_rate_schedule(optim: ml_collections.ConfigDict, total_steps: int) -
 
     `step` multiplies by `decay_factor` every `decay_every` steps (paper, Table 4); `cosine` falls to 0 at
     `total_steps`. Both rise linearly over the first `warmup_steps`.
+
+    Raises:
+        UserError: the schedule is unknown.
     """
     if optim.schedule == "step":
         def schedule(step):  # in integers: a compiled floor(step / decay_every) of optax's can come a step late

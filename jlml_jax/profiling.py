@@ -12,7 +12,11 @@ FOLDER = "profile"  # in the run's folder
 
 
 def parse_steps(text: str) -> range:
-    """START:STOP -> the steps to trace, counted from 0: START and up, without STOP. Empty: none."""
+    """START:STOP -> the steps to trace, counted from 0: START and up, without STOP. Empty: none.
+
+    Raises:
+        UserError: the text is neither that nor empty.
+    """
     if not text:
         return range(0)
     match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)

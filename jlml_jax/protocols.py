@@ -89,7 +89,11 @@ class Protocol:
     trial: Callable[[int], Trial]  # 0 to num_trials - 1
 
     def numbers(self, chosen: str) -> list[int]:
-        """The trials that `config.data.trials` names: `3`, `0-4` or `all`."""
+        """The trials that `config.data.trials` names: `3`, `0-4` or `all`.
+
+        Raises:
+            UserError: it is none of these, or a trial is not among them.
+        """
         last = self.num_trials - 1
         if chosen == "all":
             return list(range(self.num_trials))
@@ -150,7 +154,11 @@ def _hold_out(trial: Trial, number: int) -> Trial:
 
 
 def tests(name: str, data: ml_collections.ConfigDict) -> list[Trial]:
-    """All trials of a data set, to be evaluated on."""
+    """All trials of a data set, to be evaluated on.
+
+    Raises:
+        UserError: as `load`, or it has no queries and gallery.
+    """
     protocol = _published(name, data)
     trials = [protocol.trial(number) for number in range(protocol.num_trials)]
     if trials[0].query is None:
@@ -162,6 +170,9 @@ def add_distractors(trials: Sequence[Trial], name: str, data: ml_collections.Con
     """The trials, to whose galleries all images of data set `name` are added as distractors; "" adds nothing.
 
     Market-1501 has 500,000 such images, an archive of its own.
+
+    Raises:
+        UserError: the data set has no crops, is not prepared, or has the very people that are searched for.
     """
     if not name:
         return list(trials)

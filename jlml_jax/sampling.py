@@ -49,7 +49,11 @@ def check_fields(train: ml_collections.ConfigDict) -> None:
 
 
 def steps_per_epoch(num_images: int, batch_size: int, groups: IdentityGroups | None = None) -> int:
-    """Whole batches in one pass; the few images left over in an epoch come elsewhere in the next one's order."""
+    """Whole batches in one pass; the few images left over in an epoch come elsewhere in the next one's order.
+
+    Raises:
+        UserError: a batch is larger than an epoch.
+    """
     in_epoch = num_images if groups is None else groups.places.size
     if batch_size > in_epoch:
         raise UserError(f"train.batch_size={batch_size} is larger than the training set of {num_images} images; give "

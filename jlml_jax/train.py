@@ -85,7 +85,11 @@ def print_model(model: nn.Module, config: ml_collections.ConfigDict) -> None:
 
 
 def choose_loader(config: ml_collections.ConfigDict, images: Split, mesh: Mesh) -> str:
-    """`config.data.loader`, with auto resolved: device where the decoded images take at most a third of memory."""
+    """`config.data.loader`, with auto resolved: device where the decoded images take at most a third of memory.
+
+    Raises:
+        UserError: the loader is unknown.
+    """
     loader = config.data.loader
     if loader not in ("auto", "device", "tf_data"):
         raise UserError(f"data.loader={loader!r} is unknown; known are auto, device, tf_data")

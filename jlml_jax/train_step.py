@@ -120,6 +120,9 @@ def compute_dtype(name: str) -> jnp.dtype:
 
     Whatever it is, parameters, BN statistics, feature layers, logits, penalties and the optimizer are float32, and so
     is all inference: the features of an evaluation are those of `extract` and of an exported model.
+
+    Raises:
+        UserError: the name is unknown.
     """
     known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16,
              "auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16}

@@ -57,13 +57,21 @@ def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
 
 
 def load(name: str, splits: tuple[str, ...], data_dir: str | None = None) -> dict[str, Split]:
-    """Those of `splits` that a prepared data set has. A data set that is drawn, not downloaded, is drawn if need be."""
+    """Those of `splits` that a prepared data set has. A data set that is drawn, not downloaded, is drawn if need be.
+
+    Raises:
+        UserError: the data set is unknown, not prepared or damaged.
+    """
     dataset = _prepared(name, data_dir)
     return {split: dataset.load_split(split) for split in splits if split in dataset.info.splits}
 
 
 def load_distractors(name: str, data_dir: str | None = None) -> list[Split]:
-    """All splits of a prepared data set of crops, as images of nobody (identity 0), which are left on disk."""
+    """All splits of a prepared data set of crops, as images of nobody (identity 0), which are left on disk.
+
+    Raises:
+        UserError: it is not prepared or damaged, or has no crops of people.
+    """
     dataset = _prepared(name, data_dir)
     if not isinstance(dataset, PersonDatasetBuilder):
         raise UserError(f"{name} has no crops of people, or of what a detector takes for them; give another data set")

@@ -115,7 +115,11 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
         return super().is_prepared() and (self.data_path / "metadata.json").exists()
 
     def load_split(self, split: str) -> "Split":
-        """Reads a prepared split into memory, sorted by name. Needs TensorFlow for TFRecord alone."""
+        """Reads a prepared split into memory, sorted by name. Needs TensorFlow for TFRecord alone.
+
+        Raises:
+            UserError: the files are damaged, or in a format that needs TensorFlow, which is not installed.
+        """
         examples: list[dict[str, Any]]
         if self.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
             examples = list(read_examples(open_split(self, split)))
@@ -137,7 +141,11 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
         )
 
     def load_stored_split(self, split: str) -> "Split":
-        """A prepared split in the order on disk, its images left there, after all were read once. No TensorFlow."""
+        """A prepared split in the order on disk, its images left there, after all were read once. No TensorFlow.
+
+        Raises:
+            UserError: the files are damaged, or in a format that is not read by index.
+        """
         if self.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise UserError(f"{self.data_path} is in the format {self.info.file_format.value}, which is not read by "
                             "index; remove the folder and prepare it again")
