@@ -23,7 +23,7 @@ _CAMERAS = "cameras"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CameraStatistics:
-    """What batch normalisation goes by for the images of each camera."""
+    """What batch normalisation normalises each camera's images by."""
 
     cameras: tuple[str, ...]
     batch_stats: Any  # NumPy arrays [K, channels]

@@ -62,7 +62,7 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
         output: the file; an existing one is replaced.
         signature: "uint8_nhwc", images uint8 [batch, height, width, 3], or "float32_nchw", images float32
             [batch, 3, height, width], already normalised.
-        camera: whose statistics batch normalisation goes by, in a run that has them by camera; None: the run's own.
+        camera: whose statistics batch normalisation uses, in a run that has them by camera; None: the run's own.
 
     Raises:
         UserError: the run does not load or has no statistics of `camera`, its thresholds are of another model, `output`
@@ -111,8 +111,8 @@ def _thresholds_of(run: SavedRun, mesh: Mesh, camera: str | None) -> dict[str, A
     """The run's calibration, if it is of such features as the graph will give."""
     found = calibration.load(run.workdir, Extractor(run, mesh))
     if found is not None and run.cameras and camera is None:
-        print(f"{calibration.FILE} is left out: it is of features by each camera's statistics, and the graph goes by "
-              "those of all cameras together; --camera makes one that goes by a camera's")
+        print(f"{calibration.FILE} is left out: it is of features by each camera's statistics, and the graph uses "
+              "those of all cameras together; --camera makes one that uses a camera's")
         return None
     return found
 
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", default="uint8_nhwc", metavar="|".join(INPUTS),
                         help="what the graph takes. " + ". ".join(f"{name}: {text}" for name, text in INPUTS.items()))
     parser.add_argument("--camera", metavar="NAME",
-                        help="whose statistics to go by, in a run that jlml_jax.adapt --by_camera has made")
+                        help="whose statistics to use, in a run that jlml_jax.adapt --by_camera has made")
     options = parser.parse_args(arguments)
     return exit_status(lambda: export_run(options.workdir, options.format, options.output, options.input,
                                           options.camera))

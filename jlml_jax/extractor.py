@@ -39,7 +39,7 @@ class Extractor:
     Any B will do: images go to the device in batches of `evaluate.batch_size`, the last one padded, so that nothing is
     compiled again for another B. No more images than there are devices go in a batch of that size, so that one image
     costs no more than one. The features are normalised as the run's `evaluate.normalize` says; L2 distance compares
-    them. Batch normalisation goes by the statistics of an image's camera, where the run has some of it.
+    them. Batch normalisation uses the statistics of an image's camera, where the run has any of it.
 
     Attributes:
         height, width: the input size of the run, pixels.

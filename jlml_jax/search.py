@@ -58,7 +58,7 @@ def update_gallery(folder: Path, images: Sequence[UserImage], extractor: Extract
 
 
 def _refuse_other_cameras(gallery: Gallery, images: Sequence[LoadedImage]) -> None:
-    """An image goes by its camera's statistics: it cannot be kept as one camera's, and then be another's."""
+    """Features depend on the camera: an image cannot be kept as one camera's, and then be another's."""
     first = gallery.cameras_of({loaded.digest for loaded in images})
     for loaded in images:
         camera = loaded.image.camera

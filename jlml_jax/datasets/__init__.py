@@ -107,7 +107,7 @@ class Names:
 
 
 def names(name: str, data_dir: str | None = None) -> Names:
-    """Those of a prepared data set, or of several joined by +, which go by number."""
+    """Those of a prepared data set; of several joined by + the numbers."""
     if not name.startswith("folder/") or "+" in name:
         return Names()
     found = metadata(name, data_dir)
