@@ -20,13 +20,13 @@ from jlml_jax.user_images import NothingRead, UserImage, list_images, read_batch
 
 FEWEST_IMAGES = 16  # statistics of less would be those of single pictures
 
-_DETAILS = f"""The running statistics of batch normalisation are replaced by those of your images (AdaBN, Li et al. 2016):
-of at most {norm_statistics.MOST_IMAGES:,} of them, at random. Give crops as they will be searched, of anybody, from all
-cameras that are to be compared. With --by_camera each camera's images are normalised by that camera's own statistics
-(Zhuang et al. 2020), which is better wherever cameras differ. The images then need a camera each, from a CSV's column
-or from names like Market-1501's, and so do the images that are searched later. The folder is that of a finished run,
-which every command takes; its features cannot be compared with those of the run before. --images is as in
-jlml_jax.extract.
+_DETAILS = f"""The running statistics of batch normalisation are replaced by those of your images (AdaBN, Li et al.
+2016): of at most {norm_statistics.MOST_IMAGES:,} of them, at random. Give crops as they will be searched, of anybody,
+from all cameras that are to be compared. With --by_camera each camera's images are normalised by that camera's own
+statistics (Zhuang et al. 2020), which is better wherever cameras differ. The images then need a camera each, from a
+CSV's column or from names like Market-1501's, and so do the images that are searched later. The folder is that of a
+finished run, which every command takes; its features cannot be compared with those of the run before. --images is as
+in jlml_jax.extract.
 
 examples:
   python -m jlml_jax.adapt --workdir=runs/pretrained --images=crops --output=runs/adapted

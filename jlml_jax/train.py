@@ -125,17 +125,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     code = {field: source[field] for field in ("commit", "source_sha256", "versions")}
     parallel.refuse_differing(flatten_dict({"config": json.loads(config.to_json())} | code, sep=".")
                               | {"--workdir": str(workdir), "--mode": mode})
-    check_ranges(config)
-    if config.keep_identity_layers and not config.init_from:
-        raise UserError("keep_identity_layers=True needs a run to take them from: give init_from, too")
-    compute_dtype(config.train.dtype)  # refuses an unknown one
-    parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.accumulation_steps)
-    parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
-    sampling.check_fields(config.train)
-    losses.check_fields(config.loss, config.model.cosine_scale, config.train.images_per_identity)
-    check_input_size(config.data.height, config.data.width, config.model.num_strips)
-    evaluate.check_fields(config.evaluate)
-    profiling.parse_steps(config.profile)
+    _check_config(config, mesh)
 
     add_distractors = functools.partial(protocols.add_distractors, name=config.evaluate.extra_gallery,
                                         data=config.data)
@@ -170,6 +160,21 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         if protocol.num_trials > 1 and mode != "train":
             rows = collect_trials(workdir, config.evaluate, source)
     return rows
+
+
+def _check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Refuses fields that no run can have, whatever its data."""
+    check_ranges(config)
+    if config.keep_identity_layers and not config.init_from:
+        raise UserError("keep_identity_layers=True needs a run to take them from: give init_from, too")
+    compute_dtype(config.train.dtype)  # refuses an unknown one
+    parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.accumulation_steps)
+    parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
+    sampling.check_fields(config.train)
+    losses.check_fields(config.loss, config.model.cosine_scale, config.train.images_per_identity)
+    check_input_size(config.data.height, config.data.width, config.model.num_strips)
+    evaluate.check_fields(config.evaluate)
+    profiling.parse_steps(config.profile)
 
 
 def _check_run(command: Command, given_config: ml_collections.ConfigDict, workdir: Path, trial: Trial) -> Run:
