@@ -1,3 +1,4 @@
+import functools
 import os
 import resource
 import tempfile
@@ -14,12 +15,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit all this
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+import numpy as np
 import pytest
 from market1501_miniature import write_market1501
+from splits import SIZES, drawing, encode, plain, split_of, split_of_pixels
 
 from configs import default
 from jlml_jax import calibrate, compare, extract, load_extractor, prepare, search
 from jlml_jax.datasets.market1501 import Market1501
+from jlml_jax.protocols import Trial
 from jlml_jax.train import train_and_evaluate
 
 
@@ -34,16 +38,30 @@ def market1501_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def refused(capsys):
-    """Runs prepare with the given arguments, which must end with status 2; gives the one line that it told."""
-    def run(*arguments):
-        status = prepare.main([str(argument) for argument in arguments])
-        error = capsys.readouterr().err
+def run_command(capsys):
+    """Runs a command, given as its module, in this process; gives its exit status, stdout and stderr."""
+    def run(command, *arguments):
+        status = command.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def refused_by(run_command):
+    """Runs a command that must end with status 2; gives the one line that it told."""
+    def run(command, *arguments):
+        status, _, error = run_command(command, *arguments)
         assert status == 2
         assert error.startswith("error: ")
         assert error.count("\n") == 1
         return error
     return run
+
+
+@pytest.fixture
+def refused(refused_by):
+    """`refused_by` of the command that prepares data sets."""
+    return functools.partial(refused_by, prepare)
 
 
 def make_tiny_config(data_dir):
@@ -90,11 +108,40 @@ def tiny_extractor(tiny_run):
     return load_extractor(tiny_run)
 
 
+@pytest.fixture(scope="session")
+def extractor(tiny_extractor):
+    """That of `loaded_once`; a module whose commands go by another run has a fixture of this name of its own."""
+    return tiny_extractor
+
+
 @pytest.fixture
-def loaded_once(monkeypatch, tiny_extractor):
-    """The commands take the network of `tiny_run` as it is loaded already, rather than compile it anew each time."""
+def loaded_once(monkeypatch, extractor):
+    """The commands take the network as it is loaded already, rather than compile it anew each time."""
     for command in (calibrate, compare, extract, search):
-        monkeypatch.setattr(command, "load_extractor", lambda workdir: tiny_extractor)
+        monkeypatch.setattr(command, "load_extractor", lambda workdir: extractor)
+
+
+@pytest.fixture(scope="session")
+def trial():
+    """Ten persons, a colour each: 20 queries from cameras 1 and 2; 30 gallery images, 5 distractors, 4 junk."""
+    rng = np.random.default_rng(0)
+    colors = rng.integers(0, 256, (13, 3))
+
+    def split(identities, cameras):
+        noisy = plain(*colors[np.maximum(identities, 0)]) + rng.normal(0, 8, (len(identities), 32, 16, 3))
+        return split_of_pixels(np.clip(noisy, 0, 255).astype(np.uint8), identities, cameras)
+
+    persons = np.arange(1, 11)
+    gallery = np.concatenate([np.tile(persons, 3), np.zeros(5), -np.ones(4)]).astype(int)
+    return Trial("test", "single-query", train=split(np.array([11, 12]), [1, 2]),
+                 query=split(np.tile(persons, 2), np.repeat([1, 2], 10)),
+                 gallery=split(gallery, [*np.repeat([1, 2, 3], 10), *[3] * 9]))
+
+
+@pytest.fixture(scope="session")
+def jpegs():
+    """A split of drawings of several sizes; not to be changed."""
+    return split_of([encode(drawing(*size, seed), "JPEG", quality=90) for seed, size in enumerate(SIZES)])
 
 
 @pytest.fixture

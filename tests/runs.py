@@ -1,13 +1,34 @@
-"""What runs left behind, and comparing it."""
+"""What a step of a run needs, what runs left behind, and comparing it."""
 
 import json
 
 import jax
 import numpy as np
 
-from jlml_jax import models, optim, parallel, protocols, train_step
+from jlml_jax import models, optim, parallel, protocols, sampling, train_step
 from jlml_jax.checkpoints import Checkpoints
+from jlml_jax.device_data import place
 from jlml_jax.logs import TIME_FIELDS
+
+# Of results.json; DESIGN.md, section 7.
+ROW_FIELDS = {"dataset", "protocol", "trial", "feature", "normalize", "rank1", "rank5", "rank10", "rank20", "mean_ap",
+              "mean_ap_trapezoid", "mean_inp", "num_queries", "num_gallery"}
+ROW_FRACTIONS = [field for field in ROW_FIELDS if field.startswith(("rank", "mean_"))]
+
+
+class Parts:
+    """What a step needs, on the first `count` devices."""
+
+    def __init__(self, config, count):
+        self.seed, self.mesh = np.uint32(config.seed), parallel.make_mesh(jax.devices()[:count])
+        self.trial = protocols.load(config.data.name, config.data).trial(0)
+        self.model = models.build_model(config, len(self.trial.identities()))
+        self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
+        groups = sampling.identity_groups(self.trial.labels(), config.train.images_per_identity)
+        cameras = self.trial.camera_one_hot() if config.train.norm_by_camera else None
+        self.data = place(self.trial.train, self.trial.labels(), config.data.height, config.data.width,
+                          self.mesh, groups, cameras)
+        self.state = train_step.init_state(config, self.model, self.optimizer, self.mesh)
 
 
 def lines_of(workdir):

@@ -76,11 +76,10 @@ def test_a_test_of_others_is_not_of_people_held_out(tmp_path, kept):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json"])
-def test_a_damaged_file_is_told(tmp_path, kept, capsys, name):
+def test_a_damaged_file_is_told(tmp_path, kept, refused_by, name):
     folder = _run(tmp_path / "modern", [_row()])
     (folder / name).write_text("5\n")
-    assert accuracy.main([str(folder)]) == 2
-    assert f"{folder / name} does not read" in capsys.readouterr().err
+    assert f"{folder / name} does not read" in refused_by(accuracy, folder)
 
 
 def test_a_run_evaluated_by_another_command_shows_the_one_that_trained(tmp_path, kept):
@@ -151,10 +150,8 @@ def test_of_several_networks_on_other_data_the_mean_is_shown(tmp_path, kept):
     assert "70.0" not in page
 
 
-def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, kept, capsys):
-    assert accuracy.main([str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert str(tmp_path) in error and error.count("\n") == 1
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, kept, refused_by):
+    assert str(tmp_path) in refused_by(accuracy, tmp_path)
     assert not (kept / "accuracy.md").exists()
 
 

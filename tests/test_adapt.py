@@ -19,11 +19,6 @@ def write_crops(folder, count, offset=0):
     return folder, pixels
 
 
-def run(capsys, *arguments):
-    status = adapt.main([str(argument) for argument in arguments])
-    return status, *capsys.readouterr()
-
-
 @pytest.fixture(scope="module")
 def adapted(tiny_run, tmp_path_factory):
     """A folder that adapt has made, and the images that it was given."""
@@ -64,21 +59,24 @@ def test_commands_take_the_folder_and_its_features_are_others(adapted, tiny_extr
     assert "is finished: 12 steps" in capsys.readouterr().out and rows[-1]["feature"] == "joint"
 
 
-def test_what_the_user_can_mend(adapted, tiny_run, tmp_path, capsys):
+def test_what_the_user_can_mend(adapted, tiny_run, tmp_path, run_command):
     crops, _ = write_crops(tmp_path / "crops", 15)
-    output = tmp_path / "run"
-    status, _, error = run(capsys, "--workdir", tiny_run, "--images", crops, "--output", output)
+
+    def adapt_run(workdir, *flags):
+        return run_command(adapt, "--workdir", workdir, "--images", crops, "--output", tmp_path / "run", *flags)
+
+    status, _, error = adapt_run(tiny_run)
     assert status == 2 and "15 images are too few to adapt to; give at least 16" in error and error.count("\n") == 1
     (crops / "bad.png").write_bytes(b"no picture")
     for name in ("015.png", "016.png"):
         Image.new("RGB", (16, 32)).save(crops / name)
-    status, _, error = run(capsys, "--workdir", tiny_run, "--images", crops, "--output", output)
+    status, _, error = adapt_run(tiny_run)
     assert status == 2 and "bad.png" in error and "--keep_going" in error
-    status, _, error = run(capsys, "--workdir", tmp_path / "nothing", "--images", crops, "--output", output)
+    status, _, error = adapt_run(tmp_path / "nothing")
     assert status == 2 and "nothing is not a run's folder" in error
     assert [path.name for path in tmp_path.iterdir()] == ["crops"]  # nothing half-written
 
-    status, told, error = run(capsys, "--workdir", tiny_run, "--images", crops, "--output", output, "--keep_going")
+    status, told, error = adapt_run(tiny_run, "--keep_going")
     assert status == 0 and "adapted to 17 images" in told and "bad.png" in error
-    status, _, error = run(capsys, "--workdir", tiny_run, "--images", crops, "--output", output)
+    status, _, error = adapt_run(tiny_run)
     assert status == 2 and "is there already; give another --output" in error

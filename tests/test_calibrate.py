@@ -42,7 +42,7 @@ def pairs_one_by_one(features, identities, cameras):
     return np.array(same), np.array(different)
 
 
-def test_images_that_are_queries_and_gallery_count_once(workdir, monkeypatch, capsys):
+def test_images_that_are_queries_and_gallery_count_once(workdir, monkeypatch):
     """As of people held out, whose queries are in the gallery, too; of another data set nobody is held out."""
     config = json.loads((workdir / "config.json").read_text())
     seen = []
@@ -120,20 +120,15 @@ def test_without_pairs_it_says_what_is_lacking(change, message):
         calibration.count_pairs(*change(*random_set()))
 
 
-def run(command, capsys, *arguments):
-    status = command.main([str(argument) for argument in arguments])
-    return status, *capsys.readouterr()
-
-
-def test_a_labelled_split_and_the_verdicts_that_follow(capsys, workdir, tiny_extractor, tmp_path):
+def test_a_labelled_split_and_the_verdicts_that_follow(run_command, workdir, tiny_extractor, tmp_path):
     a, b = tmp_path / "a.png", tmp_path / "b.png"
     for path, seed in ((a, 0), (b, 1)):
         pixels = np.random.default_rng(seed).integers(0, 256, (64, 32, 3), np.uint8)
         Image.fromarray(pixels // (1 + seed)).save(path)
-    status, out, _ = run(compare, capsys, a, b, f"--workdir={workdir}")
+    status, out, _ = run_command(compare, a, b, f"--workdir={workdir}")
     assert status == 0 and "no verdict: run python -m jlml_jax.calibrate" in out
 
-    status, out, err = run(calibrate, capsys, f"--workdir={workdir}")
+    status, out, err = run_command(calibrate, f"--workdir={workdir}")
     assert status == 0, err
     content = json.loads((workdir / "calibration.json").read_text())
     # 4 people in 3 cameras: 3 images each in query (1 a camera) and gallery (2 a camera), 2 distractors, 3 junk images.
@@ -151,32 +146,32 @@ def test_a_labelled_split_and_the_verdicts_that_follow(capsys, workdir, tiny_ext
                                9.0: "same person at a false accept rate of 1e-2"}.items():
         content["thresholds"][0]["threshold"] = threshold
         (workdir / "calibration.json").write_text(json.dumps(content))
-        status, out, _ = run(compare, capsys, a, b, f"--workdir={workdir}")
+        status, out, _ = run_command(compare, a, b, f"--workdir={workdir}")
         assert status == 0 and out.splitlines() == [f"distance {np.linalg.norm(first - second):.4f}", verdict]
     folder = tmp_path / "gallery"
     folder.mkdir()
     shutil.copy(b, folder)
-    status, out, _ = run(search, capsys, f"--workdir={workdir}", f"--gallery={folder}", f"--query={a}")
+    status, out, _ = run_command(search, f"--workdir={workdir}", f"--gallery={folder}", f"--query={a}")
     assert status == 0 and "same person at a false accept rate of 1e-2  -" in out and "no verdict" not in out
 
     content["fingerprint"] = "0123456789abcdef"
     (workdir / "calibration.json").write_text(json.dumps(content))
-    status, _, err = run(compare, capsys, a, b, f"--workdir={workdir}")
+    status, _, err = run_command(compare, a, b, f"--workdir={workdir}")
     assert status == 2 and "0123456789abcdef" in err and extractor.fingerprint in err
     for damaged in ("{}", "[" * 100_000):
         (workdir / "calibration.json").write_text(damaged)
-        assert "is damaged" in run(compare, capsys, a, b, f"--workdir={workdir}")[2]
+        assert "is damaged" in run_command(compare, a, b, f"--workdir={workdir}")[2]
 
 
-def test_people_of_the_training_are_refused(capsys, workdir):
+def test_people_of_the_training_are_refused(run_command, workdir):
     labels = json.loads((workdir / "label_map.json").read_text())
     labels["identities"]["market1501"] = [1, 3]  # two of the test's
     (workdir / "label_map.json").write_text(json.dumps(labels))
-    status, _, err = run(calibrate, capsys, f"--workdir={workdir}")
+    status, _, err = run_command(calibrate, f"--workdir={workdir}")
     assert status == 2 and "2 of the 4 test identities" in err and not (workdir / "calibration.json").exists()
 
 
-def test_a_file_of_features(capsys, workdir, tiny_extractor, tmp_path):
+def test_a_file_of_features(run_command, workdir, tiny_extractor, tmp_path):
     """The same images as numbers and as a file with names give the same figures."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((60, 32)).astype(np.float32)
@@ -186,7 +181,7 @@ def test_a_file_of_features(capsys, workdir, tiny_extractor, tmp_path):
     table = features_file.FeaturesFile(features, np.full(60, "f"), names, np.array(["x", "y", "z"])[cameras], None, "/",
                                        tiny_extractor.fingerprint)
     features_file.write(tmp_path / "own.npz", table)
-    status, _, err = run(calibrate, capsys, f"--workdir={workdir}", f"--features={tmp_path / 'own.npz'}")
+    status, _, err = run_command(calibrate, f"--workdir={workdir}", f"--features={tmp_path / 'own.npz'}")
     assert status == 0, err
     content = json.loads((workdir / "calibration.json").read_text())
     expected = json.loads(json.dumps(calibration.calibrate(calibration.count_pairs(features, identities, cameras))))
@@ -194,13 +189,13 @@ def test_a_file_of_features(capsys, workdir, tiny_extractor, tmp_path):
     assert content["source"] == {"features": "own.npz", "images": 60, "identities": 5}
 
 
-def test_too_few_pairs_are_told_from_no_calibration(capsys, workdir, tiny_extractor, tmp_path):
+def test_too_few_pairs_are_told_from_no_calibration(run_command, workdir, tiny_extractor, tmp_path):
     assert "first" in calibration.load_verdicts(workdir, tiny_extractor).why_none
     features = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
     table = features_file.FeaturesFile(features, np.full(6, "f"), np.array(["a", "b", "c"] * 2),
                                        np.repeat(["x", "y"], 3), None, "/", tiny_extractor.fingerprint)
     features_file.write(tmp_path / "few.npz", table)
-    assert run(calibrate, capsys, f"--workdir={workdir}", f"--features={tmp_path / 'few.npz'}")[0] == 0
+    assert run_command(calibrate, f"--workdir={workdir}", f"--features={tmp_path / 'few.npz'}")[0] == 0
     Image.new("RGB", (16, 32)).save(tmp_path / "a.png")
-    _, out, _ = run(compare, capsys, tmp_path / "a.png", tmp_path / "a.png", f"--workdir={workdir}")
+    _, out, _ = run_command(compare, tmp_path / "a.png", tmp_path / "a.png", f"--workdir={workdir}")
     assert "no verdict: the run was calibrated on too few pairs of different people" in out

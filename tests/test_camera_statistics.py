@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_adapt import run as run_adapt
 
 from jlml_jax import (
     adapt,
@@ -33,6 +32,8 @@ from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
 from jlml_jax.extractor import Extractor
 from jlml_jax.models import build_model
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 SIZES = {"hall": 16, "gate": 16}
 
@@ -69,12 +70,6 @@ def workdir(crops, tiny_run, tmp_path_factory, no_shared_examples):
 @pytest.fixture(scope="module")
 def extractor(workdir):
     return load_extractor(workdir)
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch, extractor):
-    for command in (calibrate, compare, extract, search):
-        monkeypatch.setattr(command, "load_extractor", lambda workdir: extractor)
 
 
 def pixels_of(crops, camera):
@@ -183,7 +178,7 @@ def test_compare_takes_cameras(crops, extractor, workdir, capsys):
     assert distances[1] < distances[0]
 
 
-def test_a_graph_is_of_one_camera(crops, extractor, workdir, tmp_path, capsys):
+def test_a_graph_is_of_one_camera(crops, extractor, workdir, tmp_path, refused_by):
     output = tmp_path / "gate.zip"
     assert export.main([f"--workdir={workdir}", "--format=stablehlo", f"--output={output}", "--camera=gate"]) == 0
     with zipfile.ZipFile(output) as archive:
@@ -191,15 +186,13 @@ def test_a_graph_is_of_one_camera(crops, extractor, workdir, tmp_path, capsys):
         assert json.loads(archive.read("metadata.json"))["camera"] == "gate"
     images = pixels_of(crops, "gate")[:3]
     np.testing.assert_allclose(call(images), extractor(images, ["gate"] * 3), rtol=1e-3, atol=1e-4)
-    capsys.readouterr()
-    assert export.main([f"--workdir={workdir}", "--format=stablehlo", f"--output={output}", "--camera=attic"]) == 2
-    assert "has no statistics of camera attic; it has them of gate, hall" in capsys.readouterr().err
+    error = refused_by(export, f"--workdir={workdir}", "--format=stablehlo", f"--output={output}", "--camera=attic")
+    assert "has no statistics of camera attic; it has them of gate, hall" in error
 
 
-def test_a_run_without_them_has_a_graph_of_no_camera(tiny_run, tmp_path, capsys):
-    assert export.main([f"--workdir={tiny_run}", "--format=stablehlo", f"--output={tmp_path / 'x.zip'}",
-                        "--camera=gate"]) == 2
-    assert "adapt --by_camera" in capsys.readouterr().err
+def test_a_run_without_them_has_a_graph_of_no_camera(tiny_run, tmp_path, refused_by):
+    assert "adapt --by_camera" in refused_by(export, f"--workdir={tiny_run}", "--format=stablehlo",
+                                             f"--output={tmp_path / 'x.zip'}", "--camera=gate")
 
 
 def test_packing_keeps_them(workdir, tmp_path):
@@ -215,10 +208,9 @@ def test_adapted_again_without_cameras_it_has_none(crops, workdir, tmp_path):
     assert load_run(tmp_path / "run").cameras is None
 
 
-def test_images_that_tell_no_camera_are_refused(crops, tiny_run, tmp_path, capsys):
-    status, _, error = run_adapt(capsys, "--workdir", tiny_run, "--images", crops, "--output", tmp_path / "run",
-                                 "--by_camera")
-    assert status == 2 and error.count("\n") == 1 and "32 images tell no camera: gate0.png" in error
+def test_images_that_tell_no_camera_are_refused(crops, tiny_run, tmp_path, refused_by):
+    error = refused_by(adapt, "--workdir", tiny_run, "--images", crops, "--output", tmp_path / "run", "--by_camera")
+    assert "32 images tell no camera: gate0.png" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -289,7 +281,7 @@ def test_a_graph_has_the_thresholds_of_its_own_features_alone(crops, workdir, tm
 
 @pytest.mark.parametrize("most_images", [1024, 24])  # all at once, or a sample that the bad one is not in
 def test_a_camera_of_bad_images_alone_is_left_out_and_they_are_told_once(
-        crops, tiny_run, tmp_path, capsys, monkeypatch, most_images):
+        crops, tiny_run, tmp_path, run_command, monkeypatch, most_images):
     monkeypatch.setattr(norm_statistics, "MOST_IMAGES", most_images)
     folder = tmp_path / "crops"
     shutil.copytree(crops, folder)
@@ -297,8 +289,8 @@ def test_a_camera_of_bad_images_alone_is_left_out_and_they_are_told_once(
     with (folder / "crops.csv").open("a") as file:
         file.write("\nbad.png,1,attic\n")
     output = tmp_path / "run"
-    status, told, error = run_adapt(capsys, "--workdir", tiny_run, "--images", folder / "crops.csv", "--output", output,
-                                    "--by_camera", "--keep_going")
+    status, told, error = run_command(adapt, "--workdir", tiny_run, "--images", folder / "crops.csv",
+                                      "--output", output, "--by_camera", "--keep_going")
     assert status == 0, error
     assert error.count("skipped: bad.png") == 1 and "camera attic is left out: none of its images can be read" in error
     assert load_run(output).cameras.cameras == ("gate", "hall") and "attic" not in told

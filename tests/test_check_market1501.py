@@ -26,15 +26,14 @@ def lists(market1501_dir):
 
 
 @pytest.fixture
-def run(tmp_path, market1501_dir, lists, capsys):
+def run(tmp_path, market1501_dir, lists, run_command):
     """Runs the script on the lists with `changes`; returns its exit status, stdout and stderr."""
     def run(**changes):
         (tmp_path / "gt_query").mkdir(exist_ok=True)
         for name, numbers in (lists | {f"{name}.mat": numbers for name, numbers in changes.items()}).items():
             scipy.io.savemat(tmp_path / "gt_query" / name, {
                 f"{name[-8:-4]}_index": np.array([numbers or [0]], np.uint16)})  # a lone 0 where there is none
-        status = check_market1501.main([f"--source={tmp_path}", f"--data_dir={market1501_dir}"])
-        return status, *capsys.readouterr()
+        return run_command(check_market1501, f"--source={tmp_path}", f"--data_dir={market1501_dir}")
     return run
 
 
@@ -84,15 +83,13 @@ def test_a_list_that_cannot_be_is_refused(run, numbers, told):
     assert f"{FIRST}_junk.mat" in err and told in err
 
 
-def test_missing_lists_are_named(run, tmp_path, market1501_dir, capsys):
+def test_missing_lists_are_named(run, tmp_path, market1501_dir, refused_by):
     assert run()[0] == 0
     (tmp_path / "gt_query" / f"{FIRST}_junk.mat").unlink()
     arguments = [f"--source={tmp_path}", f"--data_dir={market1501_dir}"]
-    assert check_market1501.main(arguments) == 2
-    assert f"there is no {tmp_path / 'gt_query' / FIRST}_junk.mat" in capsys.readouterr().err
+    assert f"there is no {tmp_path / 'gt_query' / FIRST}_junk.mat" in refused_by(check_market1501, *arguments)
     (tmp_path / "gt_query").rename(tmp_path / "query")
-    assert check_market1501.main(arguments) == 2
-    assert "lacks gt_query/" in capsys.readouterr().err
+    assert "lacks gt_query/" in refused_by(check_market1501, *arguments)
 
 
 def test_it_is_metrics_that_is_asked(run, monkeypatch):

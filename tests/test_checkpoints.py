@@ -7,12 +7,12 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from absl import logging
+from processes import child_environment
 
 from experiments.faults import kill
 from jlml_jax import parallel
@@ -20,7 +20,6 @@ from jlml_jax.checkpoints import Checkpoints, claim_workdir, has_checkpoint, lat
 from jlml_jax.errors import UserError, storage_errors_told
 from jlml_jax.logs import TrainingLog
 
-ROOT = Path(__file__).parents[1]
 LABELS = {"dataset": "market1501", "fingerprint": "0123", "identities": {"market1501": [2, 4]}, "init_from": None}
 
 
@@ -199,7 +198,7 @@ with claim_workdir(Path(sys.argv[1]), ml_collections.ConfigDict({"data": {"name"
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tiny_config, tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "run"], stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+                              env=child_environment())
     try:
         assert holder.stdout.readline() == "held\n"
         config = (tmp_path / "run" / "config.json").read_bytes()

@@ -1,5 +1,3 @@
-import dataclasses
-import io
 import math
 import shutil
 import subprocess
@@ -10,36 +8,17 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from runs import ROW_FIELDS, ROW_FRACTIONS
+from splits import split_of_pixels
 
 from configs import default
-from jlml_jax import evaluate, metrics, parallel, pictures, prepare, protocols, reranking, result_rows
+from jlml_jax import evaluate, metrics, parallel, prepare, protocols, result_rows
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import load_run
-from jlml_jax.datasets.base import Split
 from jlml_jax.distances import numpy_products
 from jlml_jax.errors import UserError
 from jlml_jax.models import JLML, init_variables
-from jlml_jax.protocols import Trial
 from jlml_jax.train import train_and_evaluate
-
-FIELDS = {"dataset", "protocol", "trial", "feature", "normalize", "rank1", "rank5", "rank10", "rank20", "mean_ap",
-          "mean_ap_trapezoid", "mean_inp", "num_queries", "num_gallery"}  # DESIGN.md, section 7
-FRACTIONS = [field for field in FIELDS if field.startswith(("rank", "mean_"))]
-
-
-def split_of(pixels, identities, cameras, dataset="test"):
-    images = []
-    for crop in pixels:
-        file = io.BytesIO()
-        Image.fromarray(crop).save(file, "PNG")
-        images.append(file.getvalue())
-    return Split(dataset, images, np.array(identities, np.int64), np.array(cameras, np.int64),
-                 np.array([f"{i:03d}.png" for i in range(len(images))]))
-
-
-def plain(*colors):
-    return np.broadcast_to(np.array(colors, np.uint8)[:, None, None], (len(colors), 32, 16, 3))
-
 
 # --- extraction
 
@@ -52,7 +31,7 @@ def small():
     config = default.get_config()
     config.data.height, config.data.width = 32, 16
     mesh = parallel.make_mesh()
-    return model, init_variables(model, 0, 32, 16), split_of(pixels, range(1, 11), [1] * 10), config, mesh
+    return model, init_variables(model, 0, 32, 16), split_of_pixels(pixels, range(1, 11), [1] * 10), config, mesh
 
 
 def test_no_image_is_lost_or_taken_twice_on_four_devices(small):
@@ -204,130 +183,22 @@ def test_products_are_on_the_devices_where_these_are_no_cpu():
 
 # --- rows
 
-@pytest.fixture(scope="module")
-def trial():
-    """Ten persons, a colour each: 20 queries from cameras 1 and 2; 30 gallery images, 5 distractors, 4 junk."""
-    rng = np.random.default_rng(0)
-    colors = rng.integers(0, 256, (13, 3))
-
-    def split(identities, cameras):
-        noisy = plain(*colors[np.maximum(identities, 0)]) + rng.normal(0, 8, (len(identities), 32, 16, 3))
-        return split_of(np.clip(noisy, 0, 255).astype(np.uint8), identities, cameras)
-
-    persons = np.arange(1, 11)
-    gallery = np.concatenate([np.tile(persons, 3), np.zeros(5), -np.ones(4)]).astype(int)
-    return Trial("test", "single-query", train=split(np.array([11, 12]), [1, 2]),
-                    query=split(np.tile(persons, 2), np.repeat([1, 2], 10)),
-                    gallery=split(gallery, [*np.repeat([1, 2, 3], 10), *[3] * 9]))
-
-
-def test_rows_have_the_fields_of_results_json(trial):
-    config = default.get_config().evaluate
-    config.normalize, config.max_rank = "per_branch", 5  # fewer than the ranks reported
-    rng = np.random.default_rng(0)
-
-    def extract(split):
-        return {"global": rng.normal(size=(len(split), 4)), "local": rng.normal(size=(len(split), 6))}
-
-    rows = evaluate.evaluate_trials([trial], extract, config)
-    assert [row["feature"] for row in rows] == ["global", "local", "joint"]
-    for row in rows:
-        assert row.keys() == FIELDS
-        assert all(0 < row[field] < 1 for field in FRACTIONS if field != "rank20")
-        assert row["rank1"] <= row["rank5"] <= row["rank10"] <= row["rank20"] <= 1
-        assert (row["dataset"], row["protocol"], row["trial"], row["normalize"]) == (
-            "test", "single-query", 0, "per_branch")
-        assert (row["num_queries"], row["num_gallery"]) == (20, 39)
-
-
 def test_features_that_tell_persons_apart_score_one(trial):
     def one_hot(split):
         return {"local": np.eye(12)[split.identities + 1] * 5}
 
     row, = evaluate.evaluate_trials([trial], one_hot, default.get_config().evaluate)
-    assert row["feature"] == "local" and all(row[field] == 1 for field in FRACTIONS)
+    assert row["feature"] == "local" and all(row[field] == 1 for field in ROW_FRACTIONS)
     table = result_rows.format_rows([row])
     assert "single-query" in table and "20 queries" in table and "39 gallery" in table
     assert table.splitlines()[-1].split() == ["local"] + ["100.0"] * 7
-
-
-def test_of_several_trials_the_table_shows_the_mean(trial):
-    rng = np.random.default_rng(0)
-
-    def extract(split):
-        return {"global": np.eye(12)[split.identities + 1] + rng.normal(size=(len(split), 12))}
-
-    trials = [trial, dataclasses.replace(trial, number=1, incomplete="")]
-    rows = evaluate.evaluate_trials(trials, extract, default.get_config().evaluate)
-    assert [row["trial"] for row in rows] == [0, 1, "mean"]
-    title, _, line = result_rows.format_rows(rows).splitlines()
-    assert "mean of 2 trials" in title
-    mean, deviation = np.mean([row["rank1"] for row in rows[:2]]), np.std([row["rank1"] for row in rows[:2]], ddof=1)
-    assert line.split()[1:4] == [f"{100 * mean:.1f}", "±", f"{100 * deviation:.1f}"]
-
-
-def test_re_ranking_has_columns_of_its_own(trial):
-    def extract(split):
-        rng = np.random.default_rng(len(split))
-        return {"global": np.eye(12)[split.identities + 1] + 0.3 * rng.normal(size=(len(split), 12))}
-
-    trials = [trial, dataclasses.replace(trial, number=1)]
-    config = default.get_config().evaluate
-    plain = evaluate.evaluate_trials(trials, extract, config)
-    config.reranking = True
-    rows = evaluate.evaluate_trials(trials, extract, config)
-    for row, without in zip(rows, plain, strict=True):
-        assert {field: row[field] for field in without} == without
-        added = row.keys() - without.keys()
-        assert {field.removesuffix("_std") for field in added} == {f"reranked_{score}" for score in result_rows.SCORES}
-    reranked = reranking.Reranking(*(extract(split)["global"] for split in (trial.query, trial.gallery)))
-    expected = metrics.rank_blocks(reranked.distances, *evaluate.labels_of(trial))
-    assert rows[0]["reranked_mean_ap"] == expected.mean_ap != rows[0]["mean_ap"]
-    _, header, line = result_rows.format_rows(rows).splitlines()
-    assert header.split("mINP")[1].split() == ["R1", "re-r.", "mAP", "re-r."] and line.count("±") == 9
-    drawn = dataclasses.replace(trial, single_gallery_shot=True)
-    assert evaluate.evaluate_trials([drawn], extract, config)[0].keys() == FIELDS
-
-
-def test_means_are_of_what_all_trials_have(trial):
-    def extract(split):
-        return {"global": np.random.default_rng(len(split)).normal(size=(len(split), 12))}
-
-    def rows_of(number, **fields):
-        config = default.get_config().evaluate
-        config.update(fields)
-        return evaluate.evaluate_trials([dataclasses.replace(trial, number=number)], extract, config)
-
-    mean, = result_rows.mean_rows(rows_of(0, reranking=True) + rows_of(1))
-    assert mean["trials"] == [0, 1] and "rank1_std" in mean
-    assert not [field for field in mean if field.startswith("reranked")]
-
-
-def test_a_table_has_the_columns_that_any_of_its_rows_has(trial):
-    def extract(split):
-        return {"global": np.random.default_rng(len(split)).normal(size=(len(split), 12))}
-
-    config = default.get_config().evaluate
-    config.reranking, config.norm_statistics = True, "camera"
-    row, = evaluate.evaluate_trials([trial], extract, config)
-    chance = {field: value for field, value in row.items() if "reranked" not in field and field != "norm_statistics"}
-    _, statistics, header, first, second = result_rows.format_rows([chance | {"feature": "chance"}, row]).splitlines()
-    assert "each camera's" in statistics and header.endswith("mAP re-r.")
-    assert len(first.split()) == 8 and len(second.split()) == 10
-
-
-def test_one_image_of_each_person_and_every_distractor_are_drawn_from(trial):
-    drawn = dataclasses.replace(trial, single_gallery_shot=True)
-    row, = evaluate.evaluate_trials([drawn], lambda split: {"global": np.eye(12)[split.identities + 1]},
-                                    default.get_config().evaluate)
-    assert row["num_gallery"] == 10 + 5
 
 
 def test_chance_is_near_its_expectation_and_a_colour_histogram_above_it(trial):
     data = default.get_config().data
     data.height, data.width = 32, 16
     chance, histogram = evaluate.evaluate_baselines(trial, data)
-    assert chance["feature"] == "chance" and chance.keys() == histogram.keys() == FIELDS
+    assert chance["feature"] == "chance" and chance.keys() == histogram.keys() == ROW_FIELDS
     counted, right = 30 - 1 + 5, 2  # without junk and the query's own camera
     for rank in (1, 5, 10, 20):
         expected = 1 - math.comb(counted - right, rank) / math.comb(counted, rank)
@@ -337,80 +208,6 @@ def test_chance_is_near_its_expectation_and_a_colour_histogram_above_it(trial):
     assert chance["mean_ap"] == pytest.approx(expected, abs=0.03)
     assert chance["num_queries"] == 20
     assert histogram["rank1"] > 0.9 > 3 * chance["rank1"]
-
-
-# --- pictures
-
-def color_runs(line):
-    """The colours along a line of pixels, each run once."""
-    changes = np.flatnonzero((line[1:] != line[:-1]).any(axis=1)) + 1
-    return [tuple(map(int, run[0])) for run in np.split(line, changes)]
-
-
-@pytest.fixture
-def hand_made():
-    """Two queries and the gallery images that they rank in the order of their features."""
-    query = split_of(plain((10, 20, 30), (40, 50, 60)), [1, 2], [1, 1])
-    gallery = split_of(plain((1, 1, 1), (2, 2, 2), (100, 0, 0), (0, 100, 0), (0, 0, 100)),
-                       [1, -1, 2, 1, 0], [1, 2, 2, 2, 3])
-    trial = Trial("test", "single-query", query=query, gallery=gallery)
-    return trial, np.array([[0.0], [9.0]]), np.array([[0.0], [0.1], [1], [2], [3]])
-
-
-def frames(path, rows, row):
-    """(frame colour, crop colour) of each picture in a row of the sheet."""
-    sheet = np.asarray(Image.open(path))
-    white, *runs, last = color_runs(sheet[int((row + 0.5) * len(sheet) / rows)])
-    assert white == last == (255, 255, 255)
-    runs = [run for run in runs if run != white]
-    assert runs[::3] == runs[2::3]  # a frame on both sides
-    return list(zip(runs[::3], runs[1::3], strict=True))
-
-
-def kind(frame):
-    red, green, blue = frame
-    return "query" if red == green == blue else "right" if green > max(red, blue) else "wrong"
-
-
-def test_ranked_lists(hand_made, tmp_path):
-    pictures.ranked_lists(*hand_made, tmp_path / "ranked.png")
-    first, second = (frames(tmp_path / "ranked.png", 2, row) for row in (0, 1))
-    # Left out: the first query's own camera, and junk. The second query has no image of its own camera.
-    assert [(kind(frame), crop) for frame, crop in first] == [
-        ("query", (10, 20, 30)), ("wrong", (100, 0, 0)), ("right", (0, 100, 0)), ("wrong", (0, 0, 100))]
-    assert [(kind(frame), crop) for frame, crop in second] == [
-        ("query", (40, 50, 60)), ("wrong", (0, 0, 100)), ("wrong", (0, 100, 0)), ("right", (100, 0, 0)),
-        ("wrong", (1, 1, 1))]
-
-
-def test_ranked_lists_are_as_long_and_as_many_as_asked(hand_made, tmp_path):
-    pictures.ranked_lists(*hand_made, tmp_path / "ranked.png", num_queries=1, top_k=2)
-    (query, _), *ranked = frames(tmp_path / "ranked.png", 1, 0)
-    assert kind(query) == "query" and len(ranked) == 2
-    pictures.ranked_lists(*hand_made, tmp_path / "all.png", num_queries=5)  # more than there are
-    assert len(frames(tmp_path / "all.png", 2, 1)) == 5
-
-
-def test_crops_of_a_picture_are_where_they_belong(tmp_path):
-    """Upright, and not mirrored."""
-    crop = plain((200, 0, 0))[0].copy()
-    crop[:16, :8] = (0, 0, 200)
-    split = split_of([crop], [1], [1])
-    gallery = dataclasses.replace(split, cameras=np.array([2]))
-    pictures.ranked_lists(Trial("test", "single-query", query=split, gallery=gallery), np.zeros((1, 2)),
-                          np.zeros((1, 2)), tmp_path / "one.png")
-    sheet = np.asarray(Image.open(tmp_path / "one.png"))
-    blue = np.argwhere((sheet == (0, 0, 200)).all(axis=2))
-    red = np.argwhere((sheet == (200, 0, 0)).all(axis=2))
-    assert len(blue) and len(red)
-    assert blue[:, 0].max() < red[:, 0].max() and blue[:, 1].min() < red[:, 1].min() + 8
-    first = sheet[blue[0, 0], blue[0, 1]:blue[0, 1] + 64]  # the first picture's uppermost line, to its right border
-    assert (first[0] == (0, 0, 200)).all() and (first[-1] == (200, 0, 0)).all()
-
-
-def test_a_picture_that_cannot_be_written_is_told(hand_made, tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        pictures.ranked_lists(*hand_made, tmp_path / "nowhere" / "ranked.png")
 
 
 # --- extra distractors

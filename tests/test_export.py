@@ -1,7 +1,6 @@
 """Exported files against the run that they come from, loaded as their users load them."""
 
 import json
-import subprocess
 import sys
 import zipfile
 
@@ -11,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from processes import run_program
 
 from jlml_jax import augment, evaluate, export, load_extractor, onnx_graph
 from jlml_jax.checkpoints import Checkpoints, claim_workdir, load_run
@@ -73,7 +73,8 @@ def features_of(workdir, images):
 def consume(program, folder, blocked):
     """Runs `program` in a process that cannot import the modules in `blocked`."""
     block = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
-    subprocess.run([sys.executable, "-c", block + program], cwd=folder, check=True, timeout=100)
+    done = run_program(block + program, cwd=folder)
+    assert done.returncode == 0, done.stderr
 
 
 def assert_near(actual, expected, tolerance=1e-5):
@@ -245,16 +246,14 @@ def test_conversion_refuses_what_it_does_not_know(function, primitive):
 # --- bad input
 
 @pytest.fixture
-def refused(capsys, tmp_path):
+def refused(refused_by, tmp_path):
     """Runs the command, which must end with status 2 and one line, and write nothing; gives the line."""
-    def run_command(*arguments):
+    def run(*arguments):
         before = sorted(tmp_path.rglob("*"))
-        status = export.main([str(argument) for argument in arguments])
-        error = capsys.readouterr().err
-        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+        error = refused_by(export, *arguments)
         assert sorted(tmp_path.rglob("*")) == before
         return error
-    return run_command
+    return run
 
 
 def test_flags_that_cannot_be_followed(refused, tmp_path):

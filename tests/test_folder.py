@@ -5,8 +5,6 @@ import io
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
-from test_prepare import WITHOUT_TENSORFLOW
+from processes import WITHOUT_TENSORFLOW, run_program
 
 from configs import default
 from jlml_jax import datasets, input_pipeline, prepare, protocols
@@ -612,12 +610,12 @@ def test_images_that_do_not_decode(write, refusal, shop):
 
 def test_builds_and_reads_without_tensorflow(write, tmp_path):
     path = write("a.png,1,1,train", "b.bmp,1,2,train")
-    result = subprocess.run([sys.executable, "-c", WITHOUT_TENSORFLOW + f"""
+    result = run_program(WITHOUT_TENSORFLOW + f"""
 from jlml_jax import datasets, prepare
 status = prepare.main(["folder/shop", "--source={path}", "--data_dir={tmp_path}"])
 assert "tensorflow" not in sys.modules
 print(len(datasets.load("folder/shop", ("train",), "{tmp_path}")["train"]))
 sys.exit(status)
-"""], capture_output=True, text=True, timeout=120, cwd=Path(prepare.__file__).parents[1])
+""")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[-1] == "2"

@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import child_environment
 
 from jlml_jax import gallery as gallery_module
 from jlml_jax.errors import UserError
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
 from jlml_jax.user_images import LoadedImage, UserImage
 
-ROOT = Path(__file__).parents[1]
 DIM = 16
 
 
@@ -89,7 +89,8 @@ def test_an_image_that_an_earlier_batch_has_added_is_not_added_again(tmp_path):
 
 def test_it_survives_being_killed_in_the_middle_of_an_add(tmp_path):
     folder = tmp_path / "g"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, folder], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, folder], stdout=subprocess.PIPE, text=True,
+                               env=child_environment())
     for line in process.stdout:
         if int(line) >= 640:
             break

@@ -5,16 +5,13 @@ The same targets at their full length: python -m experiments.faults.inputs.
 
 import contextlib
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_program
 
 from experiments.faults import inputs
 from jlml_jax.datasets import folder, grid, market1501, viper
@@ -133,8 +130,8 @@ for name, choices, count in (("kept", [b"a", b"raise"], 40), ("died", [b"die"], 
 
 
 def test_a_target_that_fails_is_told_and_its_input_kept(tmp_path):
-    done = subprocess.run([sys.executable, "-c", CAMPAIGN, str(tmp_path)], capture_output=True, text=True, check=True,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, timeout=100)
+    done = run_program(CAMPAIGN, tmp_path)
+    assert done.returncode == 0, done.stderr
     kept, died = map(json.loads, done.stderr.splitlines())
     assert kept["inputs"] == 40 == kept["refused"] + kept["failed"] and kept["failed"] > 5
     assert [reason.startswith("KeyError: 'it'") for reason in kept["reasons"]] == [True]

@@ -1,7 +1,6 @@
 """Several processes on the loopback address, as several hosts: real ones, each with two CPU devices."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -9,24 +8,25 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from fast_compilation import XLA_FLAGS
+from processes import ROOT, child_environment
 from runs import lines_of
 
 from jlml_jax import parallel
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 TIMEOUT = 170  # seconds, of a command: nothing may hang
 
 
-def start(workdir, *arguments, data_dir, devices=2, **environment):
+def start(workdir, *arguments, data_dir, devices=2, **variables):
     """The main command on the miniature Market-1501, with a network of a few hundred weights."""
+    variables = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                 "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"} | variables
     return subprocess.Popen(
         [sys.executable, "-m", "jlml_jax.main", f"--config={ROOT / 'configs' / 'market1501.py'}",
          f"--workdir={workdir}", f"--config.data.data_dir={data_dir}", "--config.data.height=32",
@@ -36,10 +36,7 @@ def start(workdir, *arguments, data_dir, devices=2, **environment):
          "--config.optim.learning_rate=0.0002", "--config.train.steps=40", "--config.train.batch_size=8",
          "--config.evaluate.batch_size=16", "--config.log_every=4", "--config.checkpoint_every=20",
          "--config.compilation_cache=", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                          "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"} | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        env=child_environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def free_port():

@@ -5,8 +5,6 @@ import io
 import json
 import resource
 import shutil
-import subprocess
-import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
-from test_prepare import WITHOUT_TENSORFLOW
+from processes import WITHOUT_TENSORFLOW, run_program
 
 from jlml_jax import datasets, input_pipeline, prepare
 from jlml_jax.datasets import imagenet
@@ -241,8 +239,7 @@ split = datasets.load("imagenet2012", ("train",), {str(built[1])!r})["train"]
 print(split.decode(8, 8).shape, len(split.read([0, 5])))
 sys.exit(prepare.main(["imagenet2012", "--source={tmp_path / 'source'}", "--data_dir={tmp_path / 'data'}"]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-                          cwd=Path(prepare.__file__).parents[1])
+    done = run_program(program)
     assert done.stdout == "(12, 8, 8, 3) 2\n", done.stderr
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: TFDS builds imagenet2012 with TensorFlow, which is not installed")

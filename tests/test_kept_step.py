@@ -1,8 +1,7 @@
 import jax
 import numpy as np
 import pytest
-from runs import assert_close_trees
-from test_train_step import Parts
+from runs import Parts, assert_close_trees
 
 from jlml_jax import provenance, train_step
 from jlml_jax.kept_step import KeptStep

@@ -2,25 +2,22 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from fast_compilation import XLA_FLAGS
+from processes import ROOT, child_environment
 
 from configs import default
 from jlml_jax.datasets import synthetic_pedestrians
 
-ROOT = Path(__file__).parents[1]
 
-
-def run_main(*arguments, folder, **environment):
+def run_main(*arguments, folder):
     return subprocess.run(
         [sys.executable, "-m", "jlml_jax.main", *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS} | environment)
+        env=child_environment(XLA_FLAGS=XLA_FLAGS))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -23,10 +23,10 @@ def random_labels(rng, num_queries, num_gallery, num_ids=5, num_cameras=3):
     )
 
 
-def one_query(distances, same, **kwargs):
+def one_query(row, same, **kwargs):
     """Metrics of one query of person 1; same[g] says whether gallery image g is a true match."""
     ids = np.where(same, 1, 2)
-    return metrics.rank_metrics(np.array([distances]), [1], ids, [1], np.full(len(ids), 2), **kwargs)
+    return metrics.rank_metrics(np.array([row]), [1], ids, [1], np.full(len(ids), 2), **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
@@ -36,13 +36,13 @@ def test_equals_brute_force_on_random_cases(seed, dtype):
     num_queries, num_gallery, max_rank = rng.integers(1, 14), rng.integers(1, 40), int(rng.integers(1, 60))
     labels = random_labels(rng, num_queries, num_gallery, rng.integers(1, 6), rng.integers(1, 4))
     levels = [3, 10, 10**6][seed % 3]  # from nearly all tied to hardly any
-    distances = rng.integers(-levels, levels, (num_queries, num_gallery)).astype(dtype)
-    expected = score(distances.tolist(), *labels, max_rank)
+    matrix = rng.integers(-levels, levels, (num_queries, num_gallery)).astype(dtype)
+    expected = score(matrix.tolist(), *labels, max_rank)
     if expected is None:
         with pytest.raises(UserError, match="no query has a true match"):
-            metrics.rank_metrics(distances, *labels, max_rank=max_rank)
+            metrics.rank_metrics(matrix, *labels, max_rank=max_rank)
     else:
-        assert_equal(metrics.rank_metrics(distances, *labels, max_rank=max_rank), expected)
+        assert_equal(metrics.rank_metrics(matrix, *labels, max_rank=max_rank), expected)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -53,18 +53,20 @@ def test_equals_brute_force_from_features(seed):
         query, gallery = rng.integers(0, 3, (40, 4)).astype(np.float32), rng.integers(0, 3, (90, 4)).astype(np.float32)
     else:
         query, gallery = rng.normal(size=(40, 32)) + 30, rng.normal(size=(90, 32)) + 30
-    distances = squared_distances(query, gallery)
-    assert_equal(metrics.evaluate_ranking(query, gallery, *labels), score(distances, *labels, 50), 1e-6)
+    matrix = squared_distances(query, gallery)
+    assert_equal(metrics.evaluate_ranking(query, gallery, *labels), score(matrix, *labels, 50), 1e-6)
 
 
-@pytest.mark.parametrize("most", [1, 64, 65, 200])
-@pytest.mark.parametrize("rows, columns", [(1, 1), (16, 64), (33, 129), (40, 300)])
-def test_counted_values_are_those_at_most_each_bound(most, rows, columns):
-    """On both sides of the number of bounds from which rows are sorted; with equal values, and rows of few bounds."""
-    rng = np.random.default_rng(most + rows)
+@pytest.mark.parametrize("most_bounds", [1, 2, 20, 200])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (metrics._ROWS_AT_ONCE, 64), (metrics._ROWS_AT_ONCE + 1, 129),
+                                           (3 * metrics._ROWS_AT_ONCE, 300)])
+def test_counted_values_are_those_at_most_each_bound(most_bounds, rows, columns):
+    """On both sides of the number of rows that are taken at once; rows of few bounds and of many, and equal values."""
+    rng = np.random.default_rng(most_bounds + rows)
     values = rng.integers(0, 50, (rows, columns)).astype(np.float32)
-    bounds = [np.sort(rng.integers(-5, 55, count)).astype(np.float32) for count in rng.integers(1, most + 1, rows)]
-    bounds[-1] = np.sort(rng.choice(values[-1], most)) if most > 1 else values[-1, :1]
+    bounds = [np.sort(rng.integers(-5, 55, count)).astype(np.float32)
+              for count in rng.integers(1, most_bounds + 1, rows)]
+    bounds[-1] = np.sort(rng.choice(values[-1], most_bounds))
     counted = list(metrics._count_at_most(values, bounds))
     assert len(counted) == rows
     for row, own, counts in zip(values, bounds, counted, strict=True):
@@ -106,8 +108,8 @@ def test_on_equal_distances_the_wrong_image_ranks_first():
 
 def test_ignored_images_do_not_count_and_distractors_do():
     # nearest first: own camera, junk, distractor, true match
-    distances = np.array([[0.1, 0.2, 0.3, 0.4]])
-    result = metrics.rank_metrics(distances, [1], [1, -1, 0, 1], [1], [1, 2, 1, 2], max_rank=3)
+    matrix = np.array([[0.1, 0.2, 0.3, 0.4]])
+    result = metrics.rank_metrics(matrix, [1], [1, -1, 0, 1], [1], [1, 2, 1, 2], max_rank=3)
     np.testing.assert_array_equal(result.cmc, [0, 1, 1])
     assert (result.mean_ap, result.mean_inp) == (0.5, 0.5)
     # queries that are distractors or junk are never valid, though the gallery holds such images in other cameras
@@ -131,13 +133,13 @@ def test_result_does_not_depend_on_the_chunk_size(monkeypatch):
     rng = np.random.default_rng(0)
     labels = random_labels(rng, 50, 80)
     query, gallery = rng.normal(size=(50, 16)), rng.normal(size=(80, 16))
-    distances = l2_distances(query, gallery)
-    whole = metrics.rank_metrics(distances, *labels)
-    assert_equal(whole, score(distances.tolist(), *labels, 50))
+    matrix = l2_distances(query, gallery)
+    whole = metrics.rank_metrics(matrix, *labels)
+    assert_equal(whole, score(matrix.tolist(), *labels, 50))
     for size in (1, 2, 7, 49):
         monkeypatch.setattr(metrics, "_MIN_CHUNK", size)
         monkeypatch.setattr(metrics, "_CHUNK_DISTANCES", 1)
-        for result in (metrics.rank_metrics(distances, *labels), metrics.evaluate_ranking(query, gallery, *labels)):
+        for result in (metrics.rank_metrics(matrix, *labels), metrics.evaluate_ranking(query, gallery, *labels)):
             np.testing.assert_array_equal(result.cmc, whole.cmc)
             assert result.mean_ap == pytest.approx(whole.mean_ap, abs=1e-12)
             assert result.num_valid_queries == whole.num_valid_queries
@@ -228,11 +230,11 @@ def test_never_holds_all_distances(monkeypatch):
 def test_single_gallery_shot_equals_brute_force():
     rng = np.random.default_rng(0)
     labels = random_labels(rng, 20, 60)
-    distances = rng.integers(0, 8, (20, 60)).astype(np.float64)
-    expected = score_single_shot(distances.tolist(), *labels, 20, seed=3)
+    matrix = rng.integers(0, 8, (20, 60)).astype(np.float64)
+    expected = score_single_shot(matrix.tolist(), *labels, 20, seed=3)
     draws = single_shot_draws(labels[1], 10, 3)
-    assert len({len(score(distances, *labels, 20, draw)[4]) for draw in draws}) > 1  # queries drop out of some
-    assert_equal(metrics.rank_metrics(distances, *labels, max_rank=20, single_gallery_shot=True, seed=3), expected)
+    assert len({len(score(matrix, *labels, 20, draw)[4]) for draw in draws}) > 1  # queries drop out of some
+    assert_equal(metrics.rank_metrics(matrix, *labels, max_rank=20, single_gallery_shot=True, seed=3), expected)
 
 
 def test_single_gallery_shot_draws():
@@ -269,14 +271,14 @@ def test_defaults_are_ten_draws_of_seed_0_and_50_ranks():
     rng = np.random.default_rng(0)
     query, gallery = rng.normal(size=(30, 8)), rng.normal(size=(90, 8))
     labels = random_labels(rng, 30, 90, num_ids=12)
-    distances = squared_distances(query, gallery)
-    expected = score_single_shot(distances, *labels, 50, repeats=10, seed=0)
+    matrix = squared_distances(query, gallery)
+    expected = score_single_shot(matrix, *labels, 50, repeats=10, seed=0)
     assert_equal(metrics.evaluate_ranking(query, gallery, *labels, single_gallery_shot=True), expected)
-    assert_equal(metrics.rank_metrics(distances, *labels, single_gallery_shot=True), expected)
-    blocks = metrics.rank_blocks(lambda rows, columns: np.asarray(distances)[np.ix_(rows, columns)], *labels,
+    assert_equal(metrics.rank_metrics(matrix, *labels, single_gallery_shot=True), expected)
+    blocks = metrics.rank_blocks(lambda rows, columns: np.asarray(matrix)[np.ix_(rows, columns)], *labels,
                                  single_gallery_shot=True)
     assert_equal(blocks, expected)
-    assert len(metrics.rank_metrics(distances, *labels).cmc) == 50
+    assert len(metrics.rank_metrics(matrix, *labels).cmc) == 50
     assert len(metrics.evaluate_ranking(query, gallery, *labels).cmc) == 50
 
 
@@ -314,10 +316,10 @@ def test_scores_of_each_query_are_those_of_its_own_ranking():
     rng = np.random.default_rng(0)
     query, gallery = rng.normal(size=(40, 8)), rng.normal(size=(60, 8))
     labels = random_labels(rng, 40, 60)
-    distances = squared_distances(query, gallery)
+    matrix = squared_distances(query, gallery)
     ranks, precisions = metrics.query_scores(query, gallery, *labels)
     assert ranks.shape == precisions.shape == (40,)
-    alone = [score([distances[q]], labels[0][[q]], labels[1], labels[2][[q]], labels[3], 60) for q in range(40)]
+    alone = [score([matrix[q]], labels[0][[q]], labels[1], labels[2][[q]], labels[3], 60) for q in range(40)]
     assert sum(one is None for one in alone) > 5  # junk, distractors, people who are not there
     for one, rank, precision in zip(alone, ranks, precisions, strict=True):
         if one is None:
@@ -327,14 +329,27 @@ def test_scores_of_each_query_are_those_of_its_own_ranking():
             assert precision == pytest.approx(one[1], abs=1e-6)
 
 
+def test_query_scores_add_up_to_the_means():
+    rng = np.random.default_rng(0)
+    query, gallery = rng.standard_normal((30, 4)), rng.standard_normal((200, 4))
+    labels = rng.integers(1, 9, 30), rng.integers(-1, 9, 200), rng.integers(0, 3, 30), rng.integers(0, 3, 200)
+    labels[0][7] = 99  # without a match
+    first_ranks, precisions = metrics.query_scores(query, gallery, *labels)
+    whole = metrics.evaluate_ranking(query, gallery, *labels, max_rank=20)
+    assert first_ranks[7] == 0 and np.isnan(precisions[7])
+    valid = np.isfinite(precisions)
+    assert np.mean(precisions[valid]) == pytest.approx(whole.mean_ap)
+    np.testing.assert_allclose([np.mean(first_ranks[valid] <= k) for k in range(1, 21)], whole.cmc)
+
+
 def test_a_repeat_without_any_match_is_left_out():
-    distances = np.array([[0.5, 0.1, 0.2]])
+    matrix = np.array([[0.5, 0.1, 0.2]])
     labels = ([1], [1, 1, 2], [1], [1, 2, 2])  # the person's first image is from the query's camera
-    result = metrics.rank_metrics(distances, *labels, single_gallery_shot=True, repeats=20)
+    result = metrics.rank_metrics(matrix, *labels, single_gallery_shot=True, repeats=20)
     assert (result.mean_ap, result.num_valid_queries) == (1, 1)
     labels = ([1], [1, 1, 2], [1], [1, 1, 2])
     with pytest.raises(UserError, match="no query has a true match"):
-        metrics.rank_metrics(distances, *labels, single_gallery_shot=True)
+        metrics.rank_metrics(matrix, *labels, single_gallery_shot=True)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +374,6 @@ def test_empty_sides():
         metrics.evaluate_ranking(np.ones((0, 3)), np.ones((2, 3)), [], [1, 2], [], [1, 1])
     with pytest.raises(UserError, match="1 query and 0 gallery"):
         metrics.rank_metrics(np.ones((1, 0)), [1], [], [1], [])
-    assert l2_distances(np.ones((2, 3)), np.ones((0, 3))).shape == (2, 0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -372,44 +386,6 @@ def test_refuses_values_that_are_not_finite(bad):
             metrics.rank_metrics(matrix, *labels)
         with pytest.raises(UserError, match="gallery features: row 1 "):
             metrics.evaluate_ranking(np.ones((3, 3)), matrix, *labels)
-        with pytest.raises(UserError, match="query features: row 1 "):
-            l2_distances(matrix, np.ones((3, 3)))
-    for matrix in (np.array([[bad, 1]]), np.array([[1, 1], [1, bad]])):
-        with pytest.raises(UserError, match=f"row {len(matrix) - 1} "):
-            l2_distances(matrix, np.ones((3, 2)))
-    large = np.ones((5000, 300), np.float32)
-    large[4321, 7] = bad
-    with pytest.raises(UserError, match="gallery features: row 4321 "):
-        l2_distances(large[:1], large)
-
-
-@pytest.mark.parametrize("side, row", [(0, 4), (1, 0), (1, 6)])
-def test_refuses_a_row_beside_which_the_others_would_vanish(side, row):
-    """In units of 1e25 the squares of the others are 0 in float32, and all would be equally far."""
-    rng = np.random.default_rng(0)
-    features = [rng.normal(size=(5, 8)).astype(np.float32), rng.normal(size=(7, 8)).astype(np.float32)]
-    labels = ([1] * 5, [1, 2, 3, 1, 2, 3, 1], [1] * 5, [2] * 7)
-    features[side][row] *= 1e15  # that much is well
-    expected = np.sqrt(((features[0][:, None].astype(np.float64) - features[1]) ** 2).sum(axis=2))
-    np.testing.assert_allclose(l2_distances(*features), expected, rtol=5e-6)
-    features[side][row] *= 1e10
-    for refuses in (l2_distances, lambda *features: metrics.evaluate_ranking(*features, *labels)):
-        with pytest.raises(UserError, match=f"{('query', 'gallery')[side]} features: row {row} has values of [1-9]e.2"):
-            refuses(*features)
-
-
-@pytest.mark.parametrize("offset, spread", [(0, 1), (100, 1e-3), (3e4, 1e-2)])
-def test_order_is_that_of_float64_where_distances_differ_by_more_than_1e_5(offset, spread):
-    """Distances that are 2e-5 apart, one after the other, however far off the features lie."""
-    rng = np.random.default_rng(0)
-    query = (offset + spread * rng.normal(size=(1, 256))).astype(np.float64)
-    directions = rng.normal(size=(400, 256))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    steps = rng.permutation(400)
-    gallery = query + 10 * spread * (1 + 2e-5) ** steps[:, None] * directions
-    if not offset:  # at an offset float32 itself would round the distances
-        query, gallery = query.astype(np.float32), gallery.astype(np.float32)
-    np.testing.assert_array_equal(l2_distances(query, gallery)[0].argsort(), steps.argsort())
 
 
 def test_refuses_shapes_and_labels_that_do_not_fit():
@@ -431,104 +407,3 @@ def test_refuses_shapes_and_labels_that_do_not_fit():
     for option in ({"max_rank": 0}, {"single_gallery_shot": True, "repeats": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             metrics.rank_metrics(np.ones((2, 3)), *good, **option)
-
-
-def feature_sets():
-    rng = np.random.default_rng(0)
-    query, gallery = rng.normal(size=(40, 256)), rng.normal(size=(70, 256))
-    centres = rng.normal(size=(70, 256))
-    yield "plain", query, gallery
-    yield "far from the origin", query + 1000, gallery + 1000
-    yield "far, in float64", (query * 1e-3 + 1e6).astype(np.float64), (gallery * 1e-3 + 1e6).astype(np.float64)
-    yield (
-        "one large constant dimension",
-        np.c_[query * 1e-3, np.full(40, 10000.4)],
-        np.c_[gallery * 1e-3, np.full(70, 10000.4)],
-    )
-    yield "near-duplicates", centres[:40] + 1e-3 * query, centres + 1e-3 * gallery
-    yield "an outlier", np.r_[query, [np.full(256, 1e6)]], gallery + 30
-    near_zero = np.r_[gallery[:10] * 1e-3, gallery[10:] + 100]
-    yield "near-duplicates far from the centre", query[:5] * 1e-3, near_zero
-    yield "two tight clusters", np.sign(query[:, :1]) * 50 + 1e-2 * query, np.sign(gallery[:, :1]) * 50 + 1e-2 * gallery
-    yield "huge", query * 1e25, gallery * 1e25
-    yield "tiny", query * 1e-25, gallery * 1e-25
-    yield "2-D", query[:, :2], gallery[:, :2]
-
-
-@pytest.mark.parametrize(
-    "name, query, gallery", list(feature_sets()), ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_l2_distances_agree_with_float64(name, query, gallery):
-    if "float64" not in name:
-        query, gallery = query.astype(np.float32), gallery.astype(np.float32)
-    gallery = np.concatenate([gallery, query[:3]])
-    expected = np.sqrt(((query[:, None].astype(np.float64) - gallery) ** 2).sum(axis=2))
-    distances = l2_distances(query, gallery)
-    assert distances.dtype == np.float32
-    assert (distances >= 0).all()
-    np.testing.assert_allclose(distances, expected, rtol=5e-6)  # two so exact cannot change order if 1e-5 apart
-    for row in range(3):
-        assert distances[row, -3 + row] == 0
-
-
-@pytest.mark.parametrize("block", [1, 5, 7, 20])
-def test_l2_distances_do_not_depend_on_the_blocks(monkeypatch, block):
-    rng = np.random.default_rng(0)
-    query, gallery = rng.normal(size=(4, 6)), rng.normal(size=(20, 6))
-    expected = l2_distances(query, gallery)
-    monkeypatch.setattr(distances, "BLOCK", block)
-    np.testing.assert_allclose(l2_distances(query, gallery), expected, rtol=1e-6)
-
-
-def test_rows_that_cannot_be_read_are_no_rows():
-    with pytest.raises(TypeError, match="__getitem__"):
-        type("Unread", (distances.LazyRows,), {})()
-
-
-def test_centring_leaves_little_to_sum_anew(monkeypatch):
-    """Correct without it, but slow: nearly all pairs would go the exact way. So shut that way, and see."""
-    monkeypatch.setattr(distances, "_CLOSE", 0)
-    for name, query, gallery in feature_sets():
-        if name in ("plain", "far from the origin", "one large constant dimension"):
-            query, gallery = query.astype(np.float32), gallery.astype(np.float32)
-            expected = np.sqrt(((query[:, None].astype(np.float64) - gallery) ** 2).sum(axis=2))
-            np.testing.assert_allclose(l2_distances(query, gallery), expected, rtol=5e-6)
-
-
-def test_l2_distances_accept_what_extractors_give():
-    import jax.numpy as jnp
-
-    features = np.arange(12).reshape(3, 4)
-    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
-        given = jnp.asarray(features, dtype)
-        np.testing.assert_allclose(l2_distances(given, given)[0], [0, 8, 16])
-
-
-@pytest.mark.parametrize("size", [1e-12, 1.0])
-@pytest.mark.parametrize("ratio, refused", [(2.0**59.5, False), (2.0**60, False), (2.0**60.5, True)])
-def test_a_row_beside_which_the_others_would_vanish_is_refused(size, ratio, refused):
-    """Its size is that of the largest value's distance from the centre, which the sample of the gallery sets."""
-    gallery = np.array([[-size], [size]] * 8)
-    query = np.array([[size * ratio]])
-    if refused:
-        with pytest.raises(UserError, match="query features: row 0 has values of"):
-            l2_distances(query, gallery)
-    else:
-        np.testing.assert_allclose(l2_distances(query, gallery), np.broadcast_to(query, (1, 16)), rtol=1e-5)
-
-
-def test_what_vanishes_is_judged_by_distances_from_the_centre_not_from_the_origin():
-    gallery = 2.0**30 + np.array([[-1.0], [1.0]] * 8)
-    with pytest.raises(UserError, match="query features: row 0 has values of"):
-        l2_distances(np.array([[2.0**61]]), gallery)
-
-
-def test_beside_equal_features_any_size_is_compared():
-    np.testing.assert_allclose(l2_distances(np.full((1, 2), 1e20), np.zeros((3, 2))), np.full((1, 3), 2**0.5 * 1e20),
-                               rtol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
-def test_what_is_no_matrix_is_refused(shape):
-    with pytest.raises(ValueError, match="query features must be 2-D"):
-        l2_distances(np.ones(shape), np.ones((2, 3)))

@@ -4,7 +4,7 @@
 import jax
 import numpy as np
 import pytest
-from test_evaluate import split_of
+from splits import split_of_pixels
 
 from configs import default
 from jlml_jax import augment, evaluate, norm_statistics, parallel
@@ -50,7 +50,7 @@ def smooth(number, seed=0):
 def two_cameras():
     """The same 16 pictures by two cameras, the second of which sees all at half the contrast, and brighter."""
     pixels = smooth(16)
-    return split_of(np.concatenate([pixels, pixels // 2 + 100]), [*range(1, 17)] * 2, [1] * 16 + [2] * 16)
+    return split_of_pixels(np.concatenate([pixels, pixels // 2 + 100]), [*range(1, 17)] * 2, [1] * 16 + [2] * 16)
 
 
 def test_one_batch_is_normalised_as_in_training(network, two_cameras):

@@ -2,13 +2,12 @@
 
 import json
 import os
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "experiments" / "notebooks" / "inspect.ipynb"
 
 

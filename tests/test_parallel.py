@@ -1,12 +1,10 @@
 import ctypes
 import importlib.util
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from processes import run_program
 
 from jlml_jax import parallel, sampling
 from jlml_jax.errors import UserError
@@ -89,9 +87,7 @@ print(min(faults() for _ in range(20)))  # the first few may still take memory f
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc can be told to keep memory")
 def test_what_a_step_frees_is_kept():
-    again = {keep: int(subprocess.run([sys.executable, "-c", f"keep = {keep}" + _PAGE_FAULTS], check=True, text=True,
-                                      capture_output=True, env=os.environ | {"XLA_FLAGS": ""}).stdout)
-             for keep in (False, True)}
+    again = {keep: int(run_program(f"keep = {keep}" + _PAGE_FAULTS, XLA_FLAGS="").stdout) for keep in (False, True)}
     assert again[True] < 100 < 8_000 < again[False]
 
 

@@ -1,11 +1,8 @@
 """The prepare command, on miniatures of the benchmarks and on a data set that is drawn."""
 
 import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,31 +11,12 @@ import tensorflow_datasets as tfds
 from market1501_miniature import write_market1501
 from miniatures import write_cuhk03, write_grid, write_viper
 from PIL import Image
+from processes import WITHOUT_TENSORFLOW, run_program
 
 from jlml_jax import datasets, prepare
 from jlml_jax.datasets.base import PersonDatasetBuilder
 from jlml_jax.datasets.market1501 import ROOT, Market1501
 from jlml_jax.errors import UserError
-
-# What programs run in a process of their own start with.
-PROLOGUE = """
-import os, signal, sys
-from jlml_jax.datasets.market1501 import Market1501
-from jlml_jax import datasets, prepare
-Market1501.EXPECTED = {counts}
-data_dir = "{data_dir}"
-arguments = ["market1501", "--source={source}", "--data_dir=" + data_dir]
-"""
-
-# As where TensorFlow is not installed: TFDS also asks importlib.util.find_spec, which must find nothing, not raise.
-WITHOUT_TENSORFLOW = """
-import importlib.machinery, sys
-class WithoutTensorFlow(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] == "tensorflow" else super().find_spec(name, path, target)
-sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = WithoutTensorFlow
-"""
 
 
 @pytest.fixture
@@ -53,10 +31,12 @@ def data_dir(tmp_path):
     return tmp_path / "data"
 
 
-def run(capsys, source, data_dir, *flags):
-    """Runs the command in this process; returns its exit status, stdout and stderr."""
-    status = prepare.main(["market1501", f"--source={source}", f"--data_dir={data_dir}", *flags])
-    return status, *capsys.readouterr()
+@pytest.fixture
+def run(run_command):
+    """Runs the command on Market-1501 in this process; gives its exit status, stdout and stderr."""
+    def run(source, data_dir, *flags):
+        return run_command(prepare, "market1501", f"--source={source}", f"--data_dir={data_dir}", *flags)
+    return run
 
 
 def assert_refused(result, *parts):
@@ -68,14 +48,8 @@ def assert_refused(result, *parts):
         assert part in err
 
 
-def run_program(program, source, data_dir, prologue=""):
-    program = prologue + PROLOGUE.format(counts=Market1501.EXPECTED, source=source, data_dir=data_dir) + program
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-                          cwd=Path(prepare.__file__).parents[1])
-
-
-def test_counts_are_printed_and_the_data_built(capsys, original, data_dir):
-    status, out, err = run(capsys, original, data_dir)
+def test_counts_are_printed_and_the_data_built(run, original, data_dir):
+    status, out, err = run(original, data_dir)
     assert (status, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["split", "count", "expected", "found"]
@@ -88,11 +62,11 @@ def test_counts_are_printed_and_the_data_built(capsys, original, data_dir):
     assert {path.name for path in data_dir.iterdir()} == {"market1501", ".market1501.lock"}  # no empty downloads/ left
 
 
-def test_done_already(capsys, original, data_dir):
-    assert run(capsys, original, data_dir)[0] == 0
+def test_done_already(run, original, data_dir):
+    assert run(original, data_dir)[0] == 0
     version = data_dir / "market1501" / "1.0.0"
     before = (version / "dataset_info.json").stat().st_mtime_ns
-    status, out, err = run(capsys, original / "gone", data_dir, "--incomplete=by now")
+    status, out, err = run(original / "gone", data_dir, "--incomplete=by now")
     assert (status, err) == (0, "")
     assert "is prepared already in" in out
     assert "incomplete" not in out
@@ -100,38 +74,38 @@ def test_done_already(capsys, original, data_dir):
 
     source = original.parent / "other"
     Market1501.EXPECTED = write_market1501(source, images_per_camera=2, seed=1)  # the fixture restores it
-    assert run(capsys, source, data_dir, "--overwrite")[0] == 0
+    assert run(source, data_dir, "--overwrite")[0] == 0
     assert len(datasets.load("market1501", ("train",), data_dir)["train"]) == 24
 
 
-def test_a_failed_check_leaves_what_was_built(capsys, original, data_dir):
-    assert run(capsys, original, data_dir)[0] == 0
+def test_a_failed_check_leaves_what_was_built(run, original, data_dir):
+    assert run(original, data_dir)[0] == 0
     shutil.rmtree(original / "query")
-    assert_refused(run(capsys, original, data_dir, "--overwrite"), "query/")
+    assert_refused(run(original, data_dir, "--overwrite"), "query/")
     assert Market1501(data_dir=data_dir).is_prepared()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_build_that_fails_leaves_what_was_built(capsys, original, data_dir, monkeypatch, error):
+def test_a_build_that_fails_leaves_what_was_built(run, original, data_dir, monkeypatch, error):
     def write(*_):
         raise error
 
-    assert run(capsys, original, data_dir)[0] == 0
+    assert run(original, data_dir)[0] == 0
     before = datasets.load("market1501", ("train",), data_dir)["train"].fingerprint()
     with monkeypatch.context() as patch:
         patch.setattr(tfds.core.writer.ExampleWriter, "write", write)
-        assert run(capsys, original, data_dir, "--overwrite")[0] in (2, 130)
+        assert run(original, data_dir, "--overwrite")[0] in (2, 130)
     assert [path.name for path in (data_dir / "market1501").iterdir()] == ["1.0.0"]
     assert datasets.load("market1501", ("train",), data_dir)["train"].fingerprint() == before
 
 
-def test_a_copy_without_its_metadata_is_not_whole(capsys, original, data_dir):
+def test_a_copy_without_its_metadata_is_not_whole(run, original, data_dir):
     """Of a degraded copy they say so."""
-    assert run(capsys, original, data_dir, "--incomplete=resized")[0] == 0
+    assert run(original, data_dir, "--incomplete=resized")[0] == 0
     (data_dir / "market1501" / "1.0.0" / "metadata.json").unlink()
     with pytest.raises(UserError, match="market1501 is not prepared"):
         datasets.load("market1501", ("train",), data_dir)
-    assert run(capsys, original, data_dir, "--incomplete=resized")[0] == 0
+    assert run(original, data_dir, "--incomplete=resized")[0] == 0
     assert datasets.metadata("market1501", data_dir)["incomplete"] == "resized"
 
 
@@ -145,15 +119,15 @@ def test_a_copy_without_its_metadata_is_not_whole(capsys, original, data_dir):
 ])
 @pytest.mark.parametrize("load", [
     datasets.load, lambda name, splits, data_dir: datasets.load_distractors(name, data_dir)])
-def test_damaged_data_are_told(capsys, original, data_dir, pattern, damage, load):
-    assert run(capsys, original, data_dir)[0] == 0
+def test_damaged_data_are_told(run, original, data_dir, pattern, damage, load):
+    assert run(original, data_dir)[0] == 0
     path, = (data_dir / "market1501" / "1.0.0").glob(pattern)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"market1501.* is damaged \(.*again"):
         load("market1501", ("train",), data_dir)
     if path.suffix == ".json":
         shutil.rmtree(data_dir / "market1501")
-    assert run(capsys, original, data_dir, "--overwrite")[0] == 0
+    assert run(original, data_dir, "--overwrite")[0] == 0
     assert len(load("market1501", ("train",), data_dir))
 
 
@@ -181,33 +155,33 @@ def test_a_set_is_drawn_by_one_process_at_a_time(tmp_path, monkeypatch, capfd):
     assert "is in use by process" in capfd.readouterr().out
 
 
-def test_wrong_folders(capsys, original, data_dir):
-    assert_refused(run(capsys, original / "no such", data_dir), "is not a folder", ROOT, "bounding_box_train/")
-    assert_refused(run(capsys, original / "query", data_dir), "lacks bounding_box_train/, query/, bounding_box_test/")
+def test_wrong_folders(run, original, data_dir):
+    assert_refused(run(original / "no such", data_dir), "is not a folder", ROOT, "bounding_box_train/")
+    assert_refused(run(original / "query", data_dir), "lacks bounding_box_train/, query/, bounding_box_test/")
     shutil.rmtree(original / "gt_bbox")
-    assert_refused(run(capsys, original, data_dir), "lacks gt_bbox/;", str(original))
+    assert_refused(run(original, data_dir), "lacks gt_bbox/;", str(original))
     assert not data_dir.exists()
 
 
-def test_the_folder_above_is_taken_too(capsys, original, data_dir):
-    assert run(capsys, original.parent, data_dir)[0] == 0
+def test_the_folder_above_is_taken_too(run, original, data_dir):
+    assert run(original.parent, data_dir)[0] == 0
 
 
-def test_half_copied(capsys, original, data_dir):
+def test_half_copied(run, original, data_dir):
     (original / "query" / "0001_c2s1_000100_00.jpg").unlink()
     for path in (original / "bounding_box_train").glob("0004_*"):
         path.unlink()
-    status, out, err = run(capsys, original, data_dir)
+    status, out, err = run(original, data_dir)
     assert_refused((status, out, err), str(original), "train has 9 images instead of 12",
                    "train has 3 identities instead of 4", "query has 11 images instead of 12", "again", "--incomplete=")
     assert "train        identities           4         3  differs" in out.splitlines()
     assert not data_dir.exists()
 
 
-def test_a_copy_known_to_be_incomplete(capsys, original, data_dir):
+def test_a_copy_known_to_be_incomplete(run, original, data_dir):
     for path in (original / "bounding_box_train").glob("0004_*"):
         path.unlink()
-    status, out, err = run(capsys, original, data_dir, "--incomplete=resized to 64x128, JPEG twice")
+    status, out, err = run(original, data_dir, "--incomplete=resized to 64x128, JPEG twice")
     assert (status, err) == (0, "")
     assert "train        identities           4         3  differs" in out.splitlines()
     recorded = ("resized to 64x128, JPEG twice; train has 9 images instead of 12; "
@@ -216,74 +190,74 @@ def test_a_copy_known_to_be_incomplete(capsys, original, data_dir):
     assert datasets.metadata("market1501", data_dir) == {"incomplete": recorded}
     assert len(datasets.load("market1501", ("train",), data_dir)["train"]) == 9
 
-    status, out, _ = run(capsys, original, data_dir, "--incomplete=anything else")
+    status, out, _ = run(original, data_dir, "--incomplete=anything else")
     assert status == 0
     assert "is prepared already in" in out
     assert out.splitlines()[-1] == f"it is recorded as incomplete: {recorded}"
 
     write_market1501(original.parent / "whole", images_per_camera=1)
-    status, out, _ = run(capsys, original.parent / "whole", data_dir, "--overwrite")
+    status, out, _ = run(original.parent / "whole", data_dir, "--overwrite")
     assert status == 0
     assert "incomplete" not in out
     assert datasets.metadata("market1501", data_dir) == {}
 
 
-def test_a_degraded_copy_with_the_right_counts(capsys, original, data_dir):
-    assert run(capsys, original, data_dir, "--incomplete= resized to 64x128 ")[0] == 0
+def test_a_degraded_copy_with_the_right_counts(run, original, data_dir):
+    assert run(original, data_dir, "--incomplete= resized to 64x128 ")[0] == 0
     assert datasets.metadata("market1501", data_dir) == {"incomplete": "resized to 64x128"}
 
 
 @pytest.mark.parametrize("why", ["", "  ", "lost\nand more lost"])
-def test_incomplete_without_a_reason(capsys, original, data_dir, why):
-    assert_refused(run(capsys, original, data_dir, f"--incomplete={why}"), "--incomplete needs one line")
+def test_incomplete_without_a_reason(run, original, data_dir, why):
+    assert_refused(run(original, data_dir, f"--incomplete={why}"), "--incomplete needs one line")
     assert not data_dir.exists()
 
 
-def test_what_an_incomplete_copy_cannot_do_without(capsys, original, data_dir):
+def test_what_an_incomplete_copy_cannot_do_without(run, original, data_dir):
     flag = "--incomplete=some were lost"
     (original / "query" / "0001_c2s1_000100_00.jpg").write_bytes(b"")
-    assert_refused(run(capsys, original, data_dir, flag), "1 of 65 images", "must be removed first")
+    assert_refused(run(original, data_dir, flag), "1 of 65 images", "must be removed first")
     (original / "query" / "0001_c1.jpg").touch()
-    assert_refused(run(capsys, original, data_dir, flag), "1 image names", "query/0001_c1.jpg")
+    assert_refused(run(original, data_dir, flag), "1 image names", "query/0001_c1.jpg")
     for path in (original / "query").iterdir():
         path.unlink()
-    assert_refused(run(capsys, original, data_dir, flag), "has no images of query")
+    assert_refused(run(original, data_dir, flag), "has no images of query")
     assert not Market1501(data_dir=data_dir).is_prepared()
 
 
-def test_junk_where_none_is_published(capsys, original, data_dir):
+def test_junk_where_none_is_published(run, original, data_dir):
     (original / "query" / "0001_c1s1_000100_00.jpg").rename(original / "query" / "-1_c1s1_000100_00.jpg")
-    assert_refused(run(capsys, original, data_dir), "query has 1 junk instead of 0")
+    assert_refused(run(original, data_dir), "query has 1 junk instead of 0")
 
 
-def test_unparsable_name_and_strays(capsys, original, data_dir):
+def test_unparsable_name_and_strays(run, original, data_dir):
     (original / "gt_bbox" / ".DS_Store").touch()
     (original / "gt_bbox" / "0001_c1.jpg").touch()
-    assert_refused(run(capsys, original, data_dir), "1 image names", "gt_bbox/0001_c1.jpg")
+    assert_refused(run(original, data_dir), "1 image names", "gt_bbox/0001_c1.jpg")
     (original / "gt_bbox" / "0001_c1.jpg").unlink()
-    status, out, _ = run(capsys, original, data_dir)
+    status, out, _ = run(original, data_dir)
     assert status == 0
     assert "1 files not of the data set are left out: gt_bbox/.DS_Store" in out
 
 
-def test_undecodable_images_are_named(capsys, original, data_dir):
+def test_undecodable_images_are_named(run, original, data_dir):
     names = ["bounding_box_train/0002_c1s1_000200_01.jpg", "query/0003_c2s1_000300_00.jpg",
              "bounding_box_test/0001_c3s1_000100_01.jpg", "gt_bbox/0001_c1s1_000100_00.jpg"]
     (original / names[0]).write_bytes((original / names[0]).read_bytes()[:-500])  # a copy that broke off
     for name in names[1:]:
         (original / name).write_bytes(b"")
-    assert_refused(run(capsys, original, data_dir), "4 of 65 images", *names[:3], "; ...")
+    assert_refused(run(original, data_dir), "4 of 65 images", *names[:3], "; ...")
     assert not Market1501(data_dir=data_dir).is_prepared()
 
 
-def test_data_dir_that_cannot_be_written(capsys, original, data_dir):
+def test_data_dir_that_cannot_be_written(run, original, data_dir):
     data_dir.touch()
-    assert_refused(run(capsys, original, data_dir / "below a file"), "cannot write to", "--data_dir")
+    assert_refused(run(original, data_dir / "below a file"), "cannot write to", "--data_dir")
 
 
-def test_too_little_room(capsys, original, data_dir, monkeypatch):
+def test_too_little_room(run, original, data_dir, monkeypatch):
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-    assert_refused(run(capsys, original, data_dir), "MB free", "make room")
+    assert_refused(run(original, data_dir), "MB free", "make room")
     assert not Market1501(data_dir=data_dir).is_prepared()
 
 
@@ -291,12 +265,12 @@ def test_too_little_room(capsys, original, data_dir, monkeypatch):
     OSError(28, "No space left on device"),
     RuntimeError("Failed to finalize writing: write() failed: No space left on device"),  # as array_record tells it
 ])
-def test_disk_that_fills_up_meanwhile(capsys, original, data_dir, monkeypatch, error):
+def test_disk_that_fills_up_meanwhile(run, original, data_dir, monkeypatch, error):
     def write(*_):
         raise error
 
     monkeypatch.setattr(tfds.core.writer.ExampleWriter, "write", write)
-    assert_refused(run(capsys, original, data_dir), "cannot write", "No space left on device", "make room")
+    assert_refused(run(original, data_dir), "cannot write", "No space left on device", "make room")
     assert not Market1501(data_dir=data_dir).is_prepared()
     assert list((data_dir / "market1501").iterdir()) == []
 
@@ -310,15 +284,19 @@ def test_other_errors_while_building_are_bugs(original, data_dir, monkeypatch):
         prepare.prepare("market1501", original, data_dir)
 
 
-def test_a_build_that_was_killed_is_not_taken_for_whole(capsys, original, data_dir):
-    killed = run_program("""
+def test_a_build_that_was_killed_is_not_taken_for_whole(run, original, data_dir):
+    killed = run_program(f"""
+import os, signal
+from jlml_jax import prepare
+from jlml_jax.datasets.market1501 import Market1501
 def generate(self, crops, generate=Market1501._generate_examples):
     if crops[0].origin.startswith("gt_bbox"):
         os.kill(os.getpid(), signal.SIGKILL)
     return generate(self, crops)
 Market1501._generate_examples = generate
-prepare.main(arguments)
-""", original, data_dir)
+Market1501.EXPECTED = {Market1501.EXPECTED}
+prepare.main(["market1501", "--source={original}", "--data_dir={data_dir}"])
+""")
     assert killed.returncode == -9, killed.stderr
     left, = (data_dir / "market1501").iterdir()
     assert left.name.startswith("incomplete.")
@@ -326,7 +304,7 @@ prepare.main(arguments)
     with pytest.raises(prepare.UserError, match="is not prepared"):
         datasets.load("market1501", ("train",), data_dir)
 
-    assert run(capsys, original, data_dir)[0] == 0
+    assert run(original, data_dir)[0] == 0
     assert len(datasets.load("market1501", ("train",), data_dir)["train"]) == 12
 
 
@@ -361,8 +339,7 @@ for name in datasets.NAMES:
         print("read", name, sum(map(len, splits.values())), *sorted(datasets.metadata(name, "{data_dir}")))
 sys.exit(prepare.exit_status(lambda: datasets.load("market1501", ("train",), "{tmp_path / 'tfrecord'}")))
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-                            cwd=Path(prepare.__file__).parents[1])
+    result = run_program(program)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
@@ -374,12 +351,9 @@ sys.exit(prepare.exit_status(lambda: datasets.load("market1501", ("train",), "{t
         "read viper 10 incomplete"]
 
 
-def test_wrong_arguments(capsys, data_dir):
-    assert prepare.main(["marked1501"]) == 2
-    assert "unknown data set 'marked1501'; known are cuhk03/detected, " in capsys.readouterr().err
-    assert prepare.main(["market1501", f"--data_dir={data_dir}"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+def test_wrong_arguments(refused, data_dir):
+    assert "unknown data set 'marked1501'; known are cuhk03/detected, " in refused("marked1501")
+    error = refused("market1501", f"--data_dir={data_dir}")
     assert "needs --source=FOLDER" in error
     assert "bounding_box_train" in error
 

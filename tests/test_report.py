@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import default
 from jlml_jax import evaluate, metrics, parallel, pictures, protocols, report
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.folder import Folder
 from jlml_jax.distances import l2_distances
 from jlml_jax.models import build_model
-from jlml_jax.pictures import Curve
 from jlml_jax.result_rows import SCORES
 
 MARKUP = "<img src=x onerror=alert(1)>\"'&"
@@ -211,26 +209,13 @@ def test_a_list_is_ranked_as_the_metrics_rank(shop):
         assert 1 / (1 + np.flatnonzero(right)[0]) == pytest.approx(one.mean_ap)  # there is one right image
 
 
-def test_query_scores_add_up_to_the_means():
-    rng = np.random.default_rng(0)
-    query, gallery = rng.standard_normal((30, 4)), rng.standard_normal((200, 4))
-    labels = rng.integers(1, 9, 30), rng.integers(-1, 9, 200), rng.integers(0, 3, 30), rng.integers(0, 3, 200)
-    labels[0][7] = 99  # without a match
-    first_ranks, precisions = metrics.query_scores(query, gallery, *labels)
-    whole = metrics.evaluate_ranking(query, gallery, *labels, max_rank=20)
-    assert first_ranks[7] == 0 and np.isnan(precisions[7])
-    valid = np.isfinite(precisions)
-    assert np.mean(precisions[valid]) == pytest.approx(whole.mean_ap)
-    np.testing.assert_allclose([np.mean(first_ranks[valid] <= k) for k in range(1, 21)], whole.cmc)
-
-
 def test_the_same_run_gives_the_same_page(shop, tmp_path):
     workdir, path, _, _ = shop
     again = report.write_report(workdir, tmp_path / "again.html", queries=5)
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_thresholds_are_marked_and_stale_ones_refused(shop, page, tmp_path, capsys):
+def test_thresholds_are_marked_and_stale_ones_refused(shop, page, tmp_path, refused_by):
     workdir, _, trial, (query, gallery) = shop
     distances = l2_distances(query["joint"], gallery["joint"])
     same = trial.query.identities[:, None] == trial.gallery.identities
@@ -250,37 +235,30 @@ def test_thresholds_are_marked_and_stale_ones_refused(shop, page, tmp_path, caps
     assert "statistics by camera" not in written
     content = json.loads((workdir / "calibration.json").read_text()) | {"fingerprint": "0" * 16}
     (tmp_path / "run" / "calibration.json").write_text(json.dumps(content))
-    assert "run python -m jlml_jax.calibrate" in refusal(capsys, f"--workdir={tmp_path / 'run'}")
+    assert "run python -m jlml_jax.calibrate" in refused_by(report, f"--workdir={tmp_path / 'run'}")
     assert (tmp_path / "run" / "report.html").exists()  # what was there stays
 
 
-def refusal(capsys, *arguments):
-    assert report.main(list(arguments)) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    return error
-
-
-def test_what_the_user_can_mend(shop, shop_dir, tmp_path, capsys):
+def test_what_the_user_can_mend(shop, shop_dir, tmp_path, refused_by):
     workdir = tmp_path / "run"
     shutil.copytree(shop[0], workdir)
     (workdir / "report.html").unlink()
     run = f"--workdir={workdir}"
-    assert "--queries=0 must be at least 1" in refusal(capsys, run, "--queries=0")
-    assert "is a folder" in refusal(capsys, run, f"--output={tmp_path}")
-    assert "is not a folder" in refusal(capsys, run, f"--output={tmp_path / 'no' / 'r.html'}")
-    assert "is not a run's folder" in refusal(capsys, f"--workdir={tmp_path}")
-    assert "is not prepared in" in refusal(capsys, run, f"--data_dir={tmp_path}")
+    assert "--queries=0 must be at least 1" in refused_by(report, run, "--queries=0")
+    assert "is a folder" in refused_by(report, run, f"--output={tmp_path}")
+    assert "is not a folder" in refused_by(report, run, f"--output={tmp_path / 'no' / 'r.html'}")
+    assert "is not a run's folder" in refused_by(report, f"--workdir={tmp_path}")
+    assert "is not prepared in" in refused_by(report, run, f"--data_dir={tmp_path}")
     (tmp_path / "trial-00").symlink_to(workdir)
-    assert "give one of them" in refusal(capsys, f"--workdir={tmp_path}")
+    assert "give one of them" in refused_by(report, f"--workdir={tmp_path}")
     labels = json.loads((workdir / "label_map.json").read_text())
     (workdir / "label_map.json").write_text(json.dumps(labels | {"fingerprint": "other"}))
-    assert "another version of folder/shop" in refusal(capsys, run)
+    assert "another version of folder/shop" in refused_by(report, run)
     (workdir / "label_map.json").write_text(json.dumps(labels))
     for name in ("metrics.jsonl", "results.json"):
         for content in ("{\n", "5\n", '{"x": 1}\n'):
             (workdir / name).write_text(content)
-            assert f"{workdir / name} does not read" in refusal(capsys, run)
+            assert f"{workdir / name} does not read" in refused_by(report, run)
     assert not (workdir / "report.html").exists()
 
 
@@ -333,48 +311,6 @@ def test_means_over_networks_are_in_the_report_of_a_trial(tmp_path):
     assert rows == [own, mean]
     table, = report._tables(rows)
     assert table["trials"] and [row["trial"] for row in table["rows"]] == [0, "mean of 2 networks"]
-
-
-def test_activation_maps_are_energies_of_the_last_unit_with_cells(tiny_run):
-    run = load_run(tiny_run)
-    model = build_model(run.config, 0)
-    activation_maps, units = pictures.make_activation_maps(model, run.config.data)
-    assert units == {"global": "conv2_1", "local": "conv2_1"}  # conv3_1's maps have 4 x 2 cells
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 16, 3), np.uint8)
-    maps = activation_maps(run.variables, images)
-    assert maps["global"].shape == (3, 1, 8, 4) and maps["local"].shape == (3, 2, 8, 4)
-    _, state = model.apply(run.variables, images / 255 - np.array(run.config.data.mean), capture_intermediates=True,
-                           mutable=["intermediates"])
-    for branch, row, tower in (("global", 0, "global_tower"), ("local", 1, "local_tower_1")):
-        energy = np.square(np.asarray(state["intermediates"][tower]["conv2_1"]["__call__"][0])).mean(-1)
-        np.testing.assert_allclose(maps[branch][:, row], energy / energy.max((1, 2), keepdims=True), atol=1e-4)
-
-
-def test_activation_maps_of_the_papers_size_are_before_the_pool():
-    config = default.get_config()
-    config.model.depth = 1  # tracing is quicker
-    _, units = pictures.make_activation_maps(build_model(config, 0), config.data)
-    assert units == {"global": "conv5_1", "local": "conv5_1"}
-
-
-def test_a_heat_layer_has_each_strip_in_its_place():
-    maps = np.zeros((2, 3, 3))
-    maps[1, 0, 2] = 1
-    layer = np.asarray(pictures.heat_layer(maps, 60, 30).convert("RGBA"))
-    assert layer.shape == (60, 30, 4)
-    assert tuple(layer[31, 29]) == pictures.HEAT[-1]
-    assert (layer[:30, :, 3] == 0).all() and layer[55, 2, 3] == 0
-
-
-def test_a_chart_leaves_out_what_is_not_finite_and_keeps_markup_as_text():
-    svg = pictures.chart([Curve("<b>", [0, 1, 2, 3], [1, np.nan, 3, 97])], title="a \"b\" <c>", x_label="x",
-                         y_label="y", marks=[(2.5, "&")])
-    assert "<b>" not in svg and "&lt;b&gt;" in svg and "nan" not in svg
-    assert "100" in re.findall(r">([^<]*)</text>", svg)  # the axis goes on to a tick
-    curve = re.search(r'<path class="c0"[^>]*d="([^"]*)"', svg)[1]
-    assert curve.count("L") == 2
-    for curves in ([Curve("one", [5], [0.0])], [Curve("none", [], [])]):
-        assert "</svg>" in pictures.chart(curves, title="t", x_label="x", y_label="y")
 
 
 # In a browser.

@@ -24,16 +24,14 @@ def crops(tmp_path):
 
 
 @pytest.fixture
-def run(capsys, tiny_run, loaded_once):
+def run(run_command, refused_by, tiny_run, loaded_once):
     """Runs the command; returns its lines, or with status=2 the one line of its error."""
     def run(*arguments, status=0, workdir=tiny_run):
-        returned = search.main([f"--workdir={workdir}", *map(str, arguments)])
-        captured = capsys.readouterr()
-        assert returned == status, captured.err
-        if status:
-            assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-            return captured.err
-        return captured.out.splitlines()
+        if status == 2:
+            return refused_by(search, f"--workdir={workdir}", *arguments)
+        returned, out, error = run_command(search, f"--workdir={workdir}", *arguments)
+        assert returned == 0, error
+        return out.splitlines()
     return run
 
 

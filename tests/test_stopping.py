@@ -1,16 +1,13 @@
 """Signals to a command, in processes of their own."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from processes import ROOT, child_environment, run_program
 
 COMMAND = """
 import sys, threading, time
@@ -65,7 +62,7 @@ def start():
     def start(*arguments, program=("-c", COMMAND), path=str(ROOT)):
         with sigint_heeded():
             process = subprocess.Popen([sys.executable, *program, *arguments], stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+                                       stderr=subprocess.PIPE, text=True, env=child_environment(PYTHONPATH=path))
         running.append(process)
         assert process.stdout.readline() == "ready\n"
         return process
@@ -116,7 +113,7 @@ def test_a_signal_that_is_ignored_stays_so():
     """As under nohup, or in the background of a shell without job control."""
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + COMMAND.replace("60", "0.5")
     process = subprocess.Popen([sys.executable, "-c", code, "works"], stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+                               env=child_environment())
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
@@ -137,11 +134,12 @@ def test_a_signal_while_a_command_imports_ends_the_process_without_a_word(start,
 def test_importing_the_package_leaves_signals_alone():
     code = "import signal, jlml_jax; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     with sigint_heeded():
-        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = run_program(code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["KILL", "TERM", "INT"])
 def test_commands_that_are_disturbed_end_as_if_nobody_had(number):
     subprocess.run([sys.executable, "-m", "experiments.faults.kill", "--count=6", f"--signal={number}"], check=True,
-                   env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=1800)
+                   env=child_environment(), timeout=1800)

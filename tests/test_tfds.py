@@ -1,7 +1,5 @@
 """TFDS's own ways with the builders: its test case, on miniatures, its command `tfds build`, and its two formats."""
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -10,11 +8,12 @@ import pytest
 import tensorflow_datasets as tfds
 from market1501_miniature import write_market1501
 from miniatures import write_cuhk03, write_grid, write_viper
-from test_tiny_imagenet import write_tiny_imagenet
+from processes import ROOT, run_program
+from tiny_imagenet_miniature import write_tiny_imagenet
 
-from jlml_jax import datasets, prepare
-from jlml_jax.datasets import synthetic_pedestrians
-from jlml_jax.datasets.cuhk03 import ROOT, Cuhk03
+from jlml_jax import datasets
+from jlml_jax.datasets import cuhk03, synthetic_pedestrians
+from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import Grid
 from jlml_jax.datasets.market1501 import Market1501
 from jlml_jax.datasets.tiny_imagenet import TinyImagenet
@@ -68,7 +67,7 @@ class Cuhk03DetectedTest(OnMiniature, tfds.testing.DatasetBuilderTestCase):
 
     @classmethod
     def draw(cls, folder):
-        write_cuhk03(folder / ROOT)
+        write_cuhk03(folder / cuhk03.ROOT)
 
 
 class Cuhk03LabeledTest(Cuhk03DetectedTest):
@@ -125,8 +124,7 @@ for arguments in (["jlml_jax/datasets/viper.py", "--manual_dir={folder / 'viper'
                   ["cuhk03", "--imports=jlml_jax.datasets.cuhk03", "--manual_dir={folder / 'cuhk03'}"]):
     parse(["tfds build", *arguments, "--data_dir={folder}"]).execute()
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-                            cwd=Path(prepare.__file__).parents[1])
+    result = run_program(program, cwd=ROOT)  # where the module's path is right
     assert result.returncode == 0, result.stderr
     return folder
 

@@ -6,20 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from fast_compilation import XLA_FLAGS
+from processes import WITHOUT_TENSORFLOW, child_environment, run_program
 from runs import assert_close_trees, assert_same_run, final_state, lines_of
 
 from jlml_jax import train
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
 from jlml_jax.train import train_and_evaluate
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
@@ -64,7 +62,7 @@ def test_both_loaders_train_alike(smooth_config, tmp_path, size):
         assert a == pytest.approx(b, rel=1e-3)
 
 
-COMMAND = """
+PROGRAM = """
 import json, sys
 import ml_collections
 from jlml_jax.errors import exit_status
@@ -73,13 +71,17 @@ config = ml_collections.ConfigDict(json.loads(sys.argv[1]))
 for section, key in (("data", "mean"), ("data", "std"), ("model", "global_widths"), ("model", "local_widths")):
     with config.unlocked():
         config[section][key] = tuple(config[section][key])
-sys.exit(exit_status(lambda: train_and_evaluate(config, sys.argv[2], "train")))
+
+def run():
+    train_and_evaluate(config, *sys.argv[2:])
 """
+
+COMMAND = PROGRAM + "sys.exit(exit_status(run))"
 
 
 def start(config, workdir):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": XLA_FLAGS}
-    return subprocess.Popen([sys.executable, "-c", COMMAND, config.to_json(), str(workdir)], env=environment,
+    return subprocess.Popen([sys.executable, "-c", COMMAND, config.to_json(), str(workdir), "train"],
+                            env=child_environment(TF_CPP_MIN_LOG_LEVEL="3", XLA_FLAGS=XLA_FLAGS),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -186,40 +188,6 @@ def test_a_finished_run_says_so_and_evaluates_again(tiny_config, tmp_path, capsy
     tiny_config.evaluate.normalize = "none"
     evaluated = train_and_evaluate(tiny_config, tmp_path / "run", "evaluate")
     assert evaluated == rows
-
-
-def test_results_tell_who_trained_where_another_command_did(tiny_config, tmp_path, monkeypatch):
-    def provenance_by(command, mode, steps=12):
-        monkeypatch.setattr(sys, "argv", ["-", command])
-        tiny_config.train.steps = steps
-        train_and_evaluate(tiny_config, tmp_path / "run", mode)
-        path = tmp_path / "run" / "results.json"
-        return json.loads(path.read_text())["provenance"] if path.exists() else None
-
-    class Stop(Exception):
-        pass
-
-    def stop(*_):
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.TrainingLog, "report", stop)
-        with pytest.raises(Stop):
-            provenance_by("never-saved", "train")
-    assert provenance_by("first", "train_and_evaluate")["command"].endswith(" first")
-    assert "training" not in provenance_by("first", "train_and_evaluate")
-    evaluated = provenance_by("second", "evaluate")
-    assert evaluated["command"].endswith(" second")
-    assert [(start["command"].split()[-1], start["first_step"]) for start in evaluated["training"]] == [("first", 0)]
-    assert {"commit", "versions", "hardware"} <= set(evaluated["training"][0])
-
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")  # as a run is left that was stopped
-    resumed = provenance_by("third", "train_and_evaluate")
-    assert [(start["command"].split()[-1], start["first_step"]) for start in resumed["training"]] == [
-        ("first", 0), ("third", 6)]
-    (tmp_path / "run" / "training.json").write_text("[")
-    with pytest.raises(UserError, match=r"training.json is damaged .* delete it"):
-        provenance_by("third", "evaluate")
 
 
 def test_a_run_is_loaded_with_its_latest_weights(tiny_config, tmp_path):
@@ -350,25 +318,13 @@ def test_evaluating_nothing_is_refused(tiny_config, tmp_path):
         train_and_evaluate(tiny_config, tmp_path / "run", "evaluate")
 
 
-NO_TENSORFLOW = """
-import importlib.machinery, sys
-class Finder(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] == "tensorflow" else super().find_spec(name, path, target)
-sys.meta_path[:] = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
-"""
-
-
 def test_training_and_evaluation_need_no_tensorflow(tiny_config, tmp_path):
     tiny_config.train.steps = 4
-    code = NO_TENSORFLOW + COMMAND.replace(', "train")', ")") + "\nassert 'tensorflow' not in sys.modules"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS}
-    done = subprocess.run([sys.executable, "-c", code, tiny_config.to_json(), str(tmp_path / "run")],
-                          env=environment, capture_output=True, text=True, timeout=180)
+    done = run_program(WITHOUT_TENSORFLOW + PROGRAM + "run()\nassert 'tensorflow' not in sys.modules",
+                       tiny_config.to_json(), tmp_path / "run", timeout=180, XLA_FLAGS=XLA_FLAGS)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
-    probe = subprocess.run([sys.executable, "-c", NO_TENSORFLOW + "import tensorflow"], capture_output=True, text=True)
+    probe = run_program(WITHOUT_TENSORFLOW + "import tensorflow")
     assert "No module named 'tensorflow'" in probe.stderr  # the block blocks
 
 

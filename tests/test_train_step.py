@@ -8,28 +8,12 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from runs import assert_close_trees
+from runs import Parts, assert_close_trees
 
 from configs import market1501
-from jlml_jax import device_data, models, optim, parallel, protocols, provenance, sampling, train, train_step
+from jlml_jax import device_data, models, parallel, provenance, sampling, train, train_step
 from jlml_jax.command import Command
-from jlml_jax.device_data import place
 from jlml_jax.kept_step import KeptStep
-
-
-class Parts:
-    """What a step needs, on the first `count` devices."""
-
-    def __init__(self, config, count):
-        self.seed, self.mesh = np.uint32(config.seed), parallel.make_mesh(jax.devices()[:count])
-        self.trial = protocols.load(config.data.name, config.data).trial(0)
-        self.model = models.build_model(config, len(self.trial.identities()))
-        self.optimizer = optim.make_optimizer(config.optim, config.train.steps)
-        groups = sampling.identity_groups(self.trial.labels(), config.train.images_per_identity)
-        cameras = self.trial.camera_one_hot() if config.train.norm_by_camera else None
-        self.data = place(self.trial.train, self.trial.labels(), config.data.height, config.data.width,
-                          self.mesh, groups, cameras)
-        self.state = train_step.init_state(config, self.model, self.optimizer, self.mesh)
 
 
 def run_steps(config, count, steps=3):

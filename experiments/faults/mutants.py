@@ -28,7 +28,7 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 # The module, and the tests that are meant to notice a change of it.
-TESTS = {"losses": "test_losses.py", "metrics": "test_metrics.py", "distances": "test_metrics.py"}
+TESTS = {"losses": "test_losses.py", "metrics": "test_metrics.py", "distances": "test_distances.py"}
 TIMEOUT = 120  # seconds of a process; a mutant that takes longer is killed, as one that fails
 # Bitwise operators, shifts, remainders and powers fail at once on floats: of each arithmetic operator the other
 # arithmetic ones are tried. Operators on variables want to be told which.

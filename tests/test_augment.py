@@ -1,0 +1,164 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+from PIL import Image
+from splits import drawing
+
+from configs import default
+from jlml_jax import parallel
+from jlml_jax.augment import augment, normalise
+from jlml_jax.datasets.images import resize
+
+ROWS, WHOLE = PartitionSpec("batch"), PartitionSpec()
+FILL = 0.2, 0.4, 0.6
+
+
+def images_of(count=32, height=12, width=8):
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+@functools.cache
+def augmentation(flip, crop_padding, axis_name=None, erasing_probability=0.0, size=None, color_jitter=0.0):
+    """At an input size of `size`; that of the images if none is given."""
+    settings = ConfigDict({"flip": flip, "crop_padding": crop_padding, "color_jitter": color_jitter,
+                           "erasing_probability": erasing_probability})
+
+    def changed(key, images):
+        height, width = size or images.shape[1:3]
+        return augment(key, images, settings, ConfigDict({"height": height, "width": width, "mean": FILL}), axis_name)
+
+    return jax.jit(changed)
+
+
+def test_without_augmentation_nothing_changes():
+    images = images_of()
+    np.testing.assert_array_equal(augmentation(False, 0)(jax.random.key(0), images), images)
+
+
+def test_half_the_images_are_mirrored_left_to_right():
+    images = images_of(256)
+    flipped = np.asarray(augmentation(True, 0)(jax.random.key(0), images))
+    mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+    np.testing.assert_array_equal((flipped == images).all((1, 2, 3)), ~mirrored)
+    assert 0.4 < mirrored.mean() < 0.6
+    assert flipped.dtype == np.uint8
+    again = augmentation(True, 0)(jax.random.key(1), images)
+    assert not np.array_equal(again, flipped)
+
+
+def test_a_crop_is_the_image_shifted_by_at_most_the_padding():
+    images, pad = images_of(256), 2
+    cropped = np.asarray(augmentation(False, pad)(jax.random.key(0), images))
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
+    shifts = {}
+    for top, left in itertools.product(range(2 * pad + 1), repeat=2):
+        window = padded[:, top:top + 12, left:left + 8]
+        for i in np.flatnonzero((window == cropped).all((1, 2, 3))):
+            shifts[i] = top, left
+    assert len(shifts) == len(images)
+    assert len(set(shifts.values())) == 25
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 32), (48, 48)])
+def test_a_rectangle_is_erased_as_in_the_paper(height, width):
+    """Zhong et al. 2020: in a share of the images, 2 to 40 % of the area, sides in a ratio of 0.3 to 1 / 0.3."""
+    images = np.full((4_000, height, width, 3), 255, np.uint8)
+    erase = augmentation(False, 0, erasing_probability=0.5)
+    erased = np.asarray(erase(jax.random.key(0), images))
+    gone = (erased != 255).all(-1)
+    np.testing.assert_array_equal(erased[gone], np.broadcast_to([51, 102, 153], (gone.sum(), 3)))
+    rows, columns = gone.any(2).sum(1), gone.any(1).sum(1)
+    np.testing.assert_array_equal(gone.sum((1, 2)), rows * columns)  # a whole rectangle, or none
+    chosen = rows > 0
+    assert abs(chosen.mean() - 0.5) < 0.03
+    rows, columns = rows[chosen], columns[chosen]
+    assert (rows < height).all() and (columns < width).all()
+    share = rows * columns / (height * width)
+    assert 0.015 < share.min() < 0.04 and 0.36 < share.max() < 0.43
+    ratio = rows / columns
+    assert 0.25 < ratio.min() < 0.4 and 2.9 < ratio.max() < 4
+    where = np.argwhere(gone)
+    assert where[:, 1].max() == height - 1 and where[:, 2].max() == width - 1 and where.min() == 0
+
+
+def test_erasing_leaves_flips_and_crops_as_they_were():
+    images, key = images_of(64), jax.random.key(0)
+    erased = np.asarray(augmentation(True, 2, erasing_probability=1.0)(key, images))
+    kept = (erased != np.round(255 * np.array(FILL))).any(-1)
+    np.testing.assert_array_equal(erased[kept], np.asarray(augmentation(True, 2)(key, images))[kept])
+    assert 0.5 < kept.mean() < 0.98
+
+
+def test_color_jitter_scales_brightness_contrast_and_saturation_within_bounds():
+    strength, key = 0.3, jax.random.key(0)
+    jitter = augmentation(False, 0, color_jitter=strength)
+    grey = np.broadcast_to(np.arange(60, 156, dtype=np.uint8).reshape(12, 8, 1), (500, 12, 8, 3))
+    changed = np.asarray(jitter(key, grey))
+    assert np.ptp(changed, axis=3).max() < 1e-3  # what has no colour gets none
+    brightness = changed.mean((1, 2, 3)) / grey[0].mean()
+    contrast = changed.std((1, 2, 3)) / grey[0].std() / brightness
+    for factors in (brightness, contrast):
+        assert 1 - strength - 1e-3 < factors.min() < 1 - 0.9 * strength < 1 + 0.9 * strength < factors.max()
+        assert factors.max() < 1 + strength + 1e-3
+    assert abs(np.corrcoef(brightness, contrast)[0, 1]) < 0.15
+    plain = np.broadcast_to(np.array([120, 100, 90], np.uint8), (500, 12, 8, 3))
+    colored = np.asarray(jitter(key, plain))[:, 0, 0]
+    np.testing.assert_allclose(colored @ [0.299, 0.587, 0.114], 104.84 * brightness, rtol=1e-4)
+    # Contrast is about the image's mean grey: in a plain one it scales colour, together with saturation.
+    saturation = (colored[:, 0] - colored[:, 2]) / 30 / brightness / contrast
+    assert 1 - strength - 1e-3 < saturation.min() < 0.75 and 1.25 < saturation.max() < 1 + strength + 1e-3
+
+
+def test_color_jitter_stays_in_range_and_leaves_what_moves_as_it_was():
+    images, key = images_of(64), jax.random.key(0)
+    changed = np.asarray(augmentation(True, 2, color_jitter=1.0)(key, images))
+    assert changed.min() == 0 and changed.max() == 255
+    moved = np.asarray(augmentation(True, 2)(key, images)).astype(float)
+    alike = [np.corrcoef(a.mean(-1).ravel(), b.mean(-1).ravel())[0, 1] for a, b in zip(changed, moved, strict=True)]
+    assert np.median(alike) > 0.8
+
+
+@pytest.mark.parametrize("size", [(24, 16), (12, 20), (31, 8), (21, 23)])
+def test_smaller_crops_are_resized_as_pillow_does(size):
+    images = np.stack([drawing(12, 8, seed) for seed in range(4)])
+    resized = augmentation(False, 0, size=size)(jax.random.key(0), images)
+    expected = np.stack([resize(Image.fromarray(image), *size) for image in images])
+    assert resized.dtype == jnp.float32
+    np.testing.assert_allclose(resized, expected, atol=1.01)  # Pillow rounds twice
+
+
+def test_resizing_comes_before_flips_crops_and_erasing():
+    images, key, size = images_of(), jax.random.key(0), (30, 28)
+    resized = np.asarray(augmentation(False, 0, size=size)(key, images))
+    expected = augmentation(True, 2, None, 0.5)(key, resized)
+    np.testing.assert_allclose(augmentation(True, 2, None, 0.5, size)(key, images), expected, atol=1e-4)
+
+
+def test_crops_larger_than_the_input_are_not_resized_on_the_device():
+    with pytest.raises(ValueError, match="larger than the network's input"):
+        augmentation(True, 2, size=(12, 7))(jax.random.key(0), images_of())
+
+
+def test_four_devices_augment_as_one():
+    assert len(jax.devices()) == 4
+    images, key = images_of(16), jax.random.key(0)
+    sharded = jax.jit(jax.shard_map(augmentation(True, 2, "batch", 0.5), mesh=parallel.make_mesh(),
+                                    in_specs=(WHOLE, ROWS), out_specs=ROWS))
+    np.testing.assert_array_equal(sharded(key, images), augmentation(True, 2, None, 0.5)(key, images))
+
+
+@pytest.mark.parametrize("mean, std", [((0.485, 0.456, 0.406), (1.0, 1.0, 1.0)), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))])
+def test_normalise_against_numpy(mean, std):
+    data = default.get_config().data
+    data.mean, data.std = mean, std
+    images = images_of()
+    expected = (images / 255.0 - np.array(mean)) / np.array(std)
+    actual = normalise(images, data)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-6, rtol=1e-5)

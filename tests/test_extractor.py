@@ -1,0 +1,84 @@
+"""load_extractor, on a run of a few steps."""
+
+import jax
+import numpy as np
+import pytest
+from processes import run_program
+
+from jlml_jax import datasets, evaluate, load_extractor, parallel
+from jlml_jax.checkpoints import load_run
+from jlml_jax.errors import UserError
+from jlml_jax.models import build_model
+
+
+def images(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 16, 3), np.uint8)
+
+
+def test_importing_the_package_imports_no_jax():
+    program = ("import sys, jlml_jax; assert 'jax' not in sys.modules; "
+               "jlml_jax.load_extractor; assert 'jax' in sys.modules")
+    done = run_program(program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_features_are_those_of_the_evaluation(tiny_extractor, tiny_run, market1501_dir):
+    """The run's own forward, with its identity layers, on a split of its own data set."""
+    run = load_run(tiny_run)
+    split = datasets.load("market1501", ("query",), str(market1501_dir))["query"]
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    forward = evaluate.make_forward(build_model(run.config, 4), run.config, mesh)
+    decoded = split.decode(32, 16)
+    branches = {name: np.asarray(values) for name, values in forward(run.variables, decoded).items()}
+    expected = evaluate.matching_features(branches, "per_branch")["joint"]
+    assert (tiny_extractor.height, tiny_extractor.width, tiny_extractor.dim) == (32, 16, 32)
+    got = tiny_extractor(decoded)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert np.std(got, axis=0).max() > 1e-3  # not all alike
+
+
+def test_any_number_of_images_and_no_compilation_for_each(tiny_extractor):
+    batch = images(37)
+    whole = tiny_extractor(batch)
+    tiny_extractor(batch[:1])
+    compiled = tiny_extractor._forward._cache_size()
+    for count in (0, 1, 2, 3, 5, 15, 16, 17, 37):
+        features = tiny_extractor(batch[:count])
+        assert features.shape == (count, 32)
+        np.testing.assert_allclose(features, whole[:count], atol=1e-5)
+    assert tiny_extractor._forward._cache_size() == compiled == 2
+
+
+@pytest.mark.parametrize("wrong", [
+    np.zeros((2, 32, 16, 3), np.float32), np.zeros((32, 16, 3), np.uint8), np.zeros((2, 16, 32, 3), np.uint8),
+    np.zeros((2, 3, 32, 16), np.uint8),
+])
+def test_other_shapes_and_dtypes_are_refused(tiny_extractor, wrong):
+    with pytest.raises(ValueError, match=r"uint8 \[B, 32, 16, 3\], got"):
+        tiny_extractor(wrong)
+
+
+def test_the_fingerprint_is_of_what_changes_features(tiny_extractor, tiny_run):
+    def fingerprint(change):
+        run = load_run(tiny_run)
+        change(run)
+        return type(tiny_extractor)(run, parallel.make_mesh()).fingerprint
+
+    assert fingerprint(lambda run: None) == tiny_extractor.fingerprint
+    same = [lambda run: run.config.train.update(steps=99), lambda run: run.config.data.update(data_dir="elsewhere"),
+            lambda run: run.variables["params"]["global_identity"]["bias"].fill(7)]
+    other = [lambda run: run.config.evaluate.update(normalize="none"),
+             lambda run: run.config.data.update(mean=(0.0, 0.0, 0.0)),
+             lambda run: run.variables["params"]["stem"]["conv"]["kernel"].__setitem__((0, 0, 0, 0), 7)]
+    assert all(fingerprint(change) == tiny_extractor.fingerprint for change in same)
+    assert len({tiny_extractor.fingerprint, *map(fingerprint, other)}) == 4
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(tiny_run, monkeypatch, bad):
+    run = load_run(tiny_run)
+    run.variables["params"]["global_head"]["fc"]["bias"][3] = bad
+    monkeypatch.setattr("jlml_jax.extractor.load_run", lambda workdir: run)
+    with pytest.raises(UserError, match="features are not finite; the weights are unusable"):
+        load_extractor(tiny_run)(images(2))
