@@ -80,7 +80,7 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
                 raise UserError(f"{workdir} has files in it but no {CONFIG}, so it is not a run's folder; "
                                 "give another --workdir or empty it")
             if label_map is not None:
-                held.enter_context(lock(workdir / _LOCK, "wait until that has ended, stop it, or give "
+                held.enter_context(lock(workdir / _LOCK, str(workdir), "wait until that has ended, stop it, or give "
                                                                 "another --workdir"))
             if has_checkpoint(workdir):
                 free = [*FREE_FIELDS]
@@ -89,7 +89,9 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
                 if not config.data.name.startswith("cuhk03/"):  # for evaluate.datasets alone
                     free.append("data.cuhk03_")
                 _refuse_difference(workdir, _read_json(config_path), json.loads(config.to_json()), tuple(free))
-                if label_map is not None and _read_json(labels_path) != label_map:
+                # Its fingerprint says who was trained on, and how they are numbered.
+                if label_map is not None and any(_read_json(labels_path).get(field) != label_map.get(field)
+                                                 for field in ("dataset", "fingerprint")):
                     raise UserError(f"{workdir} was trained on another version of {label_map['dataset']} than the one "
                                     "in data.data_dir; give another --workdir, or the data that it was trained on")
             write_atomically(config_path, config.to_json(indent=1))
@@ -344,7 +346,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        parallel.together(lambda: self._check_room(num_bytes) if jax.process_index() == 0 else None)
+        parallel.on_first_process(lambda: self._check_room(num_bytes))
         self._manager.save(step, args=ocp.args.Composite(
             state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)))
 

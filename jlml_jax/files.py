@@ -71,8 +71,8 @@ def write_output(path: Path, content: str | bytes | Callable[[BinaryIO], None]) 
                         "room or give another") from error
 
 
-def lock(path: Path, otherwise: str | None) -> IO[str]:
-    """Locks the folder that `path`, its lock file, is in for this process, until what is returned is closed.
+def lock(path: Path, what: str, otherwise: str | None) -> IO[str]:
+    """Locks what the lock file `path` stands for, for this process, until what is returned is closed.
 
     By flock, which the kernel lets go when the process ends, however it ends: there are no stale locks, on one host or
     on several that share the folder by NFS. What is in the file is for the message alone. On a file system without
@@ -80,6 +80,7 @@ def lock(path: Path, otherwise: str | None) -> IO[str]:
 
     Args:
         path: the lock file, made if it is not there.
+        what: is locked, such as a folder, for messages.
         otherwise: what to do if another process has the lock, for the message; None: wait for it.
 
     Raises:
@@ -94,14 +95,14 @@ def lock(path: Path, otherwise: str | None) -> IO[str]:
         holder = file.read() or "another process"
         if otherwise is not None:
             file.close()
-            raise UserError(f"{path.parent} is in use by {holder}; {otherwise}") from None
-        print(f"{path.parent} is in use by {holder}; waiting for it", flush=True)
+            raise UserError(f"{what} is in use by {holder}; {otherwise}") from None
+        print(f"{what} is in use by {holder}; waiting for it", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        print(f"{path.parent} is on a file system without locks ({error.strerror}): no second process in it would be "
-              "refused", flush=True)
+        print(f"{what} is on a file system without locks ({error.strerror}): a second process that writes there would "
+              "not be noticed", flush=True)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()

@@ -209,7 +209,7 @@ class Gallery:
 
 def _locked(folder: Path) -> IO[str]:
     try:
-        return lock(folder / _LOCK, "wait until that has ended, or give another folder")
+        return lock(folder / _LOCK, str(folder), "wait until that has ended, or give another folder")
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); give another folder") from error
 

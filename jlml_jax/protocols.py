@@ -330,6 +330,19 @@ def label_map(trial: Trial, parent: dict[str, Any] | None) -> dict[str, Any]:
             "init_from": parent}
 
 
+def with_names(label_map: dict[str, Any] | None, names: dict[str, Sequence[str]]) -> dict[str, Any] | None:
+    """The label map, and those before it, with the people of data sets in `names` (`Trial.names`) by name.
+
+    A run that was trained before label maps had names has their numbers, which are taken for those of today.
+    """
+    if label_map is None:
+        return None
+    people = {dataset: [names[dataset][person - 1] if isinstance(person, int) and person <= len(names[dataset]) else
+                        person for person in found] if dataset in names else found
+              for dataset, found in label_map["identities"].items()}
+    return label_map | {"identities": people, "init_from": with_names(label_map["init_from"], names)}
+
+
 def refuse_other_people(parent: dict[str, Any], label_map: dict[str, Any]) -> None:
     """A UserError if the identity layers of a run with label map `parent` tell others apart than those of a new run."""
     # Of data sets that are trained on together the order counts, too: it is that of the classes.
@@ -345,7 +358,7 @@ def refuse_trained_on(trial: Trial, trained: dict[str, Any] | None) -> None:
     """A UserError if a run with label map `trained`, or one that it started from, saw test identities of `trial`."""
     if trial.query is None:
         return
-    tested = trial.tested_people()
+    tested, trained = trial.tested_people(), with_names(trained, trial.names)
     number = sum(map(len, tested.values()))
     while trained is not None:
         both = [(dataset, identity) for dataset, identities in tested.items()

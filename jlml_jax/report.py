@@ -122,7 +122,7 @@ def _read_results(workdir: Path) -> dict[str, Any] | None:
     if results and workdir.absolute().name.startswith("trial-") and (
             together := read_results(workdir.absolute().parent)):
         results["rows"] = results["rows"] + [row for row in together["rows"]
-                                             if row.get("trained_trial", row["trial"]) == "mean"]
+                                             if row.get("trained_trial", row.get("trial")) == "mean"]
     return results
 
 

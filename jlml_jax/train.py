@@ -197,9 +197,9 @@ def _check_run(command: Command, given_config: ml_collections.ConfigDict, workdi
     if initial:
         refuse_other_network(initial, config)
     parent = load_label_map(workdir)["init_from"] if begun else initial.label_map if initial else None
-    label_map = protocols.label_map(trial, parent)
+    label_map = protocols.label_map(trial, protocols.with_names(parent, trial.names))
     if initial and config.keep_identity_layers:
-        protocols.refuse_other_people(initial.label_map, label_map)
+        protocols.refuse_other_people(label_map["init_from"], label_map)
     for test in [trial, *(test for tests in command.other_tests for test in tests)]:
         protocols.refuse_trained_on(test, label_map)
         norm_statistics.refuse_no_images(test, config)

@@ -36,7 +36,9 @@ def unpack(workdir: str | Path, file: str | Path = PRETRAINED) -> None:
     """
     workdir, file = user_path(workdir), user_path(file)
     with new_folder(workdir, "--workdir") as part:
-        step, variables = _extract(file, part)
+        step, variables, files = _extract(file)
+        for name, content in files.items():
+            (part / name).write_bytes(content)
         try:
             config, label_map = read_description(part)
         except UserError as error:  # which names a folder that will be gone
@@ -45,8 +47,8 @@ def unpack(workdir: str | Path, file: str | Path = PRETRAINED) -> None:
     print(f"{workdir}: trained on {label_map['dataset']}, {config.data.height}x{config.data.width}, step {step}")
 
 
-def _extract(file: Path, folder: Path) -> tuple[int, dict[str, Any]]:
-    """Writes the files of a run into `folder`, and returns its step and its weights, float32."""
+def _extract(file: Path) -> tuple[int, dict[str, Any], dict[str, bytes]]:
+    """The step of the run, its weights, float32, and the files beside them, by name."""
     variables = {}
     try:
         with _opened(file) as opened, zipfile.ZipFile(opened) as archive:
@@ -56,8 +58,7 @@ def _extract(file: Path, folder: Path) -> tuple[int, dict[str, Any]]:
                                 "no older than the one that packed it")
             names = archive.namelist()
             others = {RESULTS, TRAINING, calibration.FILE, camera_statistics.FILE}
-            for name in (CONFIG, LABEL_MAP, *others.intersection(names)):
-                (folder / name).write_bytes(archive.read(name))
+            files = {name: archive.read(name) for name in (CONFIG, LABEL_MAP, *others.intersection(names))}
             for name in names:
                 if name.startswith(WEIGHTS):
                     with archive.open(name) as member:
@@ -67,7 +68,7 @@ def _extract(file: Path, folder: Path) -> tuple[int, dict[str, Any]]:
                     for part in path:
                         place = place.setdefault(part, {})
                     place[leaf] = np.asarray(array, np.float32)
-            return int(about["step"]), variables
+            return int(about["step"]), variables, files
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise whatever the bytes lead them to

@@ -138,7 +138,8 @@ def _files_below(root: Path) -> Iterator[Path]:
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             linked += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
             for path in (Path(folder, name) for name in names if not name.startswith(".")):
-                if path.is_file() or not path.exists():  # no pipe or device, to be waited for; a broken link is told
+                # No pipe or device, to be waited for; a broken link is told when it is read.
+                if os.path.isfile(path) or not os.path.exists(path):
                     yield path
 
 

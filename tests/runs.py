@@ -10,7 +10,7 @@ from jlml_jax.checkpoints import Checkpoints
 from jlml_jax.device_data import place
 from jlml_jax.logs import TIME_FIELDS
 
-# Of results.json; DESIGN.md, section 7.
+# Of results.json.
 ROW_FIELDS = {"dataset", "protocol", "trial", "feature", "normalize", "rank1", "rank5", "rank10", "rank20", "mean_ap",
               "mean_ap_trapezoid", "mean_inp", "num_queries", "num_gallery"}
 ROW_FRACTIONS = [field for field in ROW_FIELDS if field.startswith(("rank", "mean_"))]

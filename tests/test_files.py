@@ -47,11 +47,11 @@ def test_an_output_that_cannot_be_written_is_told(tmp_path, small_files):
 
 
 def test_a_lock_says_who_has_it_until_it_is_closed(tmp_path):
-    held = lock(tmp_path / "lock", "wait")
-    with pytest.raises(UserError, match=rf"{tmp_path} is in use by process {os.getpid()} on .*, since .*; try another"):
-        lock(tmp_path / "lock", "try another")
+    held = lock(tmp_path / "lock", "the folder", "wait")
+    with pytest.raises(UserError, match=rf"the folder is in use by process {os.getpid()} on .*, since .*; try another"):
+        lock(tmp_path / "lock", "the folder", "try another")
     held.close()
-    lock(tmp_path / "lock", "wait").close()
+    lock(tmp_path / "lock", "the folder", "wait").close()
 
 
 @pytest.mark.parametrize("use", [

@@ -478,6 +478,12 @@ def test_a_name_that_is_no_text(shop, refusal):
     assert r"1 names are not valid UTF-8: '0001_c1_\udcff.png'; rename them" in refusal(shop)
 
 
+def test_a_broken_link_is_not_passed_over(shop, refusal):
+    crop().save(shop / "0001_c1.png")
+    (shop / "0002_c1.png").symlink_to("gone.png")
+    assert "1 of 2 images" in refusal(shop)
+
+
 def test_a_pipe_is_no_image(shop):
     crop().save(shop / "0001_c1.png")
     os.mkfifo(shop / "0002_c1.png")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,15 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tiny_run, tmp_path,
 def test_an_output_that_cannot_be_written(tiny_run, tmp_path, refused_by):
     assert "nowhere is not a folder that can be written to" in refused_by(
         pack, f"--workdir={tiny_run}", f"--output={tmp_path / 'nowhere' / 'file.zip'}")
+
+
+def test_a_full_disk_is_not_called_a_damaged_file(packed, tmp_path, monkeypatch, refused_by):
+    def write_bytes(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    error = refused_by(unpack, f"--workdir={tmp_path / 'run'}", f"--file={packed}")
+    assert "No space left on device" in error and "damaged" not in error
 
 
 def test_a_folder_that_is_there_is_refused(packed, tmp_path, refused_by):

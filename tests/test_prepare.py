@@ -131,6 +131,23 @@ def test_damaged_data_are_told(run, original, data_dir, pattern, damage, load):
     assert len(load("market1501", ("train",), data_dir))
 
 
+def test_metadata_without_what_a_protocol_needs_are_told(run, original, data_dir):
+    assert run(original, data_dir)[0] == 0
+    with pytest.raises(UserError, match=r"is damaged \(metadata.json has no partitions\); prepare market1501"):
+        datasets.metadata("market1501", data_dir)["partitions"]
+
+
+def test_files_that_cannot_be_read_are_not_called_damaged(run, original, data_dir, monkeypatch):
+    assert run(original, data_dir)[0] == 0
+
+    def open_source(*_, **__):
+        raise RuntimeError("open() failed: Permission denied; opening x")
+
+    monkeypatch.setattr(Market1501, "as_data_source", open_source)
+    with pytest.raises(UserError, match=r"cannot read .*1.0.0 \(open\(\) failed: Permission denied"):
+        datasets.load("market1501", ("train",), data_dir)
+
+
 def test_a_set_is_drawn_by_one_process_at_a_time(tmp_path, monkeypatch, capfd):
     """The other one waits, and takes what the first has drawn."""
     drawn = []

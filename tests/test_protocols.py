@@ -457,6 +457,18 @@ def test_people_of_ones_own_are_told_apart_by_name(tmp_path):
             trial("there", "c.png,ann,1,train", "d.png,zoe,2,train"), None))
 
 
+def test_a_run_from_before_people_had_names_goes_by_their_numbers(config):
+    trial, = trials_of("folder/test_only", config)
+    before = {"dataset": "folder/test_only", "fingerprint": "", "identities": {"folder/test_only": [2, 9]},
+              "init_from": None}
+    with pytest.raises(UserError, match=r"1 of the 2 test identities of folder/test_only, trial 0 \(such as bob\)"):
+        protocols.refuse_trained_on(trial, before | {"identities": {"viper": [1]}, "init_from": before})
+    trained, = trials_of("folder/train_only", config)
+    now = protocols.label_map(trained, None)
+    before = json.loads(json.dumps(now)) | {"identities": {"folder/train_only": [1, 2]}}
+    protocols.refuse_other_people(protocols.with_names(before, trained.names), now)
+
+
 def test_a_union_with_nobody_in_it_is_refused(config):
     refusal("viper+folder/nobody_at_all", config, "folder/nobody_at_all has no people to train on; leave it out")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +50,7 @@ def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
         dataset = getattr(importlib.import_module(module), class_name)(data_dir=data_dir, config=config or None)
         _ = dataset.info.metadata  # which TFDS reads when it is first asked for
         return dataset
-    except (json_format.ParseError, json.JSONDecodeError) as error:
+    except (json_format.ParseError, ValueError) as error:  # of dataset_info.json, of metadata.json
         raise UserError(f"what was prepared of {name} in {data_dir or tfds.core.constants.DATA_DIR} is damaged "
                         f"({error}); remove its folder there and prepare it again") from error
 
@@ -85,7 +84,14 @@ def metadata(name: str, data_dir: str | None = None) -> dict[str, Any]:
     `incomplete`, only there if the original files were not those published, says in words for people in what: "resized
     to 64x128; train has 12,000 images instead of 12,936".
     """
-    return dict(_prepared(name, data_dir).info.metadata or {})
+    dataset = _prepared(name, data_dir)
+
+    class Metadata(dict):
+        def __missing__(self, key: str) -> Any:
+            raise UserError(f"{dataset.data_path} is damaged (metadata.json has no {key}); prepare {name} again with "
+                            "--overwrite")
+
+    return Metadata(dataset.info.metadata or {})
 
 
 @dataclasses.dataclass(frozen=True)

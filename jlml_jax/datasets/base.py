@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import os
 import re
 import secrets
 import shutil
@@ -20,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jlml_jax.datasets.images import decode_image
-from jlml_jax.datasets.stored import EXAMPLES_AT_ONCE, StoredImages, open_split, read_examples
+from jlml_jax.datasets.stored import EXAMPLES_AT_ONCE, StoredImages, full_name, open_split, read_examples
 from jlml_jax.errors import UserError, first_few
 from jlml_jax.files import lock
 
@@ -68,18 +69,18 @@ class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True
         try:
             yield
         finally:
-            if path.exists():
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
+            if not path.exists():
                 aside.rename(path)
+            for old in path.parent.glob(f"replaced.*_{path.name}"):  # also what a process left that was killed
+                shutil.rmtree(old, ignore_errors=True)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """While entered, no other process is in it for this data set; the others wait."""
         root = Path(self.data_dir_root)
         root.mkdir(parents=True, exist_ok=True)
-        name = "-".join([self.name, *([self.builder_config.name] if self.builder_config else [])])
-        with lock(root / f".{name}.lock", None):
+        name = full_name(self)
+        with lock(root / f".{name.replace('/', '-')}.lock", f"{name} in {root}", None):
             yield
 
 
@@ -133,7 +134,7 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
                                 ) from error
         examples.sort(key=lambda example: example["name"])
         return Split(
-            dataset=self._full_name(),
+            dataset=full_name(self),
             images=[example["image"] for example in examples],
             identities=np.array([example["identity"] for example in examples], np.int64),
             cameras=np.array([example["camera"] for example in examples], np.int64),
@@ -157,10 +158,7 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
             identities[row], cameras[row] = example["identity"], example["camera"]
             names.append(example["name"].decode())
             digests[row] = np.frombuffer(hashlib.sha256(example["image"]).digest(), np.uint8)
-        return Split(self._full_name(), StoredImages(source, digests), identities, cameras, np.array(names))
-
-    def _full_name(self) -> str:
-        return "/".join([self.name, *([self.builder_config.name] if self.builder_config else [])])
+        return Split(full_name(self), StoredImages(source, digests), identities, cameras, np.array(names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +282,8 @@ def parse_names(root: Path, folders: Sequence[str], pattern: re.Pattern, suffixe
         images[folder] = []
         for path in sorted((root / folder).iterdir()):
             match = pattern.fullmatch(path.name)
-            if match and path.is_file():  # no pipe or folder of such a name
+            # No pipe or folder of such a name; a broken link is told when it is read.
+            if match and (os.path.isfile(path) or not os.path.exists(path)):
                 images[folder].append((path, match))
             elif not match and path.suffix.lower() in suffixes and not path.name.startswith("."):
                 unparsable.append(f"{folder}/{path.name}")

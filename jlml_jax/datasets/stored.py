@@ -34,8 +34,17 @@ def _damage_told(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # array_record's, of whatever kind
-        raise UserError(f"{builder.data_path} is damaged ({str(error).splitlines()[0]}); prepare {builder.name} again "
-                        "with --overwrite") from error
+        told = str(error).splitlines()[0]
+        if "() failed: " in told:  # as the system told it: the files may be whole
+            raise UserError(f"cannot read {builder.data_path} ({told}); mend that and run the same command again"
+                            ) from error
+        raise UserError(f"{builder.data_path} is damaged ({told}); prepare {full_name(builder)} again with --overwrite"
+                        ) from error
+
+
+def full_name(builder: tfds.core.DatasetBuilder) -> str:
+    """As in `datasets.NAMES`, with the configuration."""
+    return "/".join([builder.name, *([builder.builder_config.name] if builder.builder_config else [])])
 
 
 class _Examples(Sequence[dict[str, Any]]):
