@@ -1,5 +1,6 @@
 """The prepare command, on miniatures of the benchmarks and on a data set that is drawn."""
 
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -149,8 +150,8 @@ def test_files_that_cannot_be_read_are_not_called_damaged(run, original, data_di
 
 
 def test_a_set_is_drawn_by_one_process_at_a_time(tmp_path, monkeypatch, capfd):
-    """The other one waits, and takes what the first has drawn."""
-    drawn = []
+    """The other one says that it waits, until which the first here is at it, and takes what the first has drawn."""
+    drawn, said = [], []
 
     class Drawn:
         name, builder_config, data_dir_root, data_dir, data_path, DRAWN = "drawn", None, tmp_path, "", tmp_path, True
@@ -162,14 +163,17 @@ def test_a_set_is_drawn_by_one_process_at_a_time(tmp_path, monkeypatch, capfd):
 
         def build(self):
             drawn.append(self)
-            time.sleep(0.5)
+            end = time.monotonic() + 60
+            while "is in use by" not in "".join(said) and time.monotonic() < end:
+                said.append(capfd.readouterr().out)
+                time.sleep(0.01)
             (tmp_path / "drawn").touch()
 
     monkeypatch.setattr(datasets, "builder", lambda *_: Drawn())
     with ThreadPoolExecutor(2) as pool:  # a lock is an open file's, not a process's
         assert list(pool.map(lambda _: datasets.metadata("drawn"), range(2))) == [{"cameras": 6}] * 2
     assert len(drawn) == 1
-    assert "is in use by process" in capfd.readouterr().out
+    assert re.search(r"drawn in .* is in use by (process \d+|another process).*; waiting for it", "".join(said))
 
 
 def test_wrong_folders(run, original, data_dir):
