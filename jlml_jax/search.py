@@ -1,36 +1,42 @@
-"""Finds the images of a gallery that are nearest to a query, and adds images to a gallery that lasts."""
+"""Finds the images of a gallery that are nearest to queries, and adds images to a gallery that lasts."""
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from tqdm import tqdm
 
-from jlml_jax import calibration, features_file
+from jlml_jax import calibration, features_file, search_results
 from jlml_jax.errors import UserError, exit_status, first_few, printable
-from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor, tell_unknown_cameras
+from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor
 from jlml_jax.features_file import FeaturesFile
-from jlml_jax.files import user_path
+from jlml_jax.files import check_output, user_path
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
-from jlml_jax.user_images import LoadedImage, UserImage, list_images, load_one, load_query
+from jlml_jax.search_results import Found, Query
+from jlml_jax.user_images import LoadedImage, UserImage, list_images
 
 _DETAILS = """--gallery is a folder, CSV or glob of images as extract takes them; or a file that extract has made; or a
 gallery folder. Images are kept in a gallery folder (--index, or one of their own in RUN/galleries), so that the
 next search embeds only what is new; only images that are listed now are searched. A gallery folder given itself
 is searched whole. It belongs to the model that made it, and is refused with another one.
 
+--query is an image, or many as extract takes them: each is searched for. --output has a line for each image that was
+found: query, rank, distance, verdict (if the run is calibrated), image, identity, camera, and the boxes, if there are
+any. With --same_person all query images are of one person, and the mean of their features is searched for, as in
+Market-1501's multi-query protocol.
+
 examples:
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=crops --query=somebody.jpg --picture=found.png
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=monday.csv --index=all_days
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=all_days --query=somebody.jpg --exclude_camera=3
+  python -m jlml_jax.search --workdir=runs/market1501 --gallery=all_days --query=missing --output=found.csv
+  python -m jlml_jax.search --workdir=runs/market1501 --gallery=all_days --query='ann/*.jpg' --same_person
 """
-
-_CROP, _GAP, _CAPTION = (96, 192), 8, 16  # pixels: width and height of a crop, the space around it, its line of text
-
 
 def update_gallery(folder: Path, images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool = False
                    ) -> tuple[Gallery, np.ndarray]:
@@ -92,88 +98,113 @@ def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, 
     return opened, rows
 
 
-def _eligible(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, only: Sequence[str], excluded: Sequence[str],
-              own: str) -> np.ndarray | None:
-    """Which rows may be found, bool [N]; None: all. `own`: the query's camera, left out if it is there."""
-    if rows is None and not only and not excluded and not own:
-        return None
-    eligible = np.ones(len(gallery), bool)
-    if rows is not None:
-        eligible[:] = False
-        eligible[rows] = True
-    if only or excluded or own:
-        cameras = gallery.cameras
-        known = np.unique(cameras).tolist()
+def _eligible_rows(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, only: Sequence[str],
+                   excluded: Sequence[str]) -> Callable[[frozenset[str]], np.ndarray | None]:
+    """A function of a query's own cameras, to be left out, too: which rows may be found, bool [N]; None: all."""
+    cameras = functools.cache(lambda: gallery.cameras)
+    if only or excluded:
+        known = np.unique(cameras()).tolist()
         unknown = sorted({*only, *excluded} - set(known))
         if unknown:
             raise UserError(f"no image of the gallery has camera {first_few(unknown)}; its cameras are "
                             + (first_few([printable(camera) for camera in known if camera]) or "not known"))
+
+    @functools.cache
+    def eligible(own: frozenset[str]) -> np.ndarray | None:
+        if rows is None and not (only or excluded or own):
+            return None
+        may_be_found = np.ones(len(gallery), bool)
+        if rows is not None:
+            may_be_found[:] = False
+            may_be_found[rows] = True
         if only:
-            eligible &= np.isin(cameras, only)
-        eligible &= ~np.isin(cameras, [*excluded, own] if own else excluded)
+            may_be_found &= np.isin(cameras(), only)
+        if excluded or own:
+            may_be_found &= ~np.isin(cameras(), [*excluded, *own])
+        return may_be_found
+
     return eligible
 
 
 def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int = 10, cameras: Sequence[str] = (),
            excluded_cameras: Sequence[str] = (), exclude_own_camera: bool = False, query_camera: str | None = None,
-           picture: str | None = None, index: str | None = None, keep_going: bool = False) -> None:
-    """Prints the `top_k` images of `gallery` that are nearest to the image `query`; without one, adds images only."""
+           same_person: bool = False, output: str | None = None, picture: str | None = None, index: str | None = None,
+           keep_going: bool = False) -> None:
+    """Prints the `top_k` images of `gallery` that are nearest to each image of `query`; None: adds images only.
+
+    With `same_person`, all images of `query` are of one person: it is their mean feature that is searched for, as in
+    Market-1501's multi-query protocol.
+    """
     workdir = user_path(workdir)
     if top_k < 1:
         raise UserError(f"--top_k={top_k} must be at least 1")
+    given = {"--same_person": same_person, "--output": output, "--picture": picture}
+    if query is None and any(given.values()):
+        raise UserError(f"{first_few([name for name, value in given.items() if value])} without --query: give it, too")
+    if output is not None:
+        check_output(user_path(output))
     extractor = load_extractor(workdir)
     verdicts = calibration.load_verdicts(workdir, extractor)
+    queries = []
     if query is not None:  # first of all: adding may take long
-        query_image, pixels = load_query(query, extractor.height, extractor.width)
-        if query_camera is not None:
-            query_image = dataclasses.replace(query_image, camera=query_camera)
-        if exclude_own_camera and not query_image.camera:
-            raise UserError(f"{query}: the name does not tell its camera, as Market-1501's do; give "
-                            "--query_camera=CAMERA")
-        tell_unknown_cameras([query_image.camera], extractor)
-        query_feature, = extractor(pixels[None], [query_image.camera])
+        images = _query_images(query, query_camera, exclude_own_camera)
+        if picture is not None and len(images) > search_results.MAX_DRAWN and not same_person:
+            raise UserError(f"--picture shows {search_results.MAX_DRAWN} queries at most, not {len(images):,}; give "
+                            "--output=FILE.csv, or fewer")
+        queries = _embed_queries(images, extractor, same_person, keep_going)
     opened, rows = _open(gallery, index, workdir, extractor, keep_going)
-    if query is None:
+    if not queries:
         return
-    own = query_image.camera if exclude_own_camera else ""
-    eligible = _eligible(opened, rows, cameras, excluded_cameras, own)
-    found, distances = NearestNeighbours(opened.features).search(query_feature, top_k, eligible)
-    if not len(found):
-        raise UserError(f"{gallery} has no images to search" + (" of these cameras" if eligible is not None else ""))
-    images = [opened.image(row) for row in found]
-    told = [verdicts.of(distance) if verdicts else "" for distance in distances]
-    width = max(map(len, told))
-    print(f"{'rank':>4} {'distance':>10}  " + (f"{'verdict':<{width}}  " if verdicts else "")
-          + f"{'identity':<10} {'camera':<8} file")
-    for rank, (image, distance, verdict) in enumerate(zip(images, distances, told, strict=True), 1):
-        print(f"{rank:>4} {distance:>10.4f}  " + (f"{verdict:<{width}}  " if verdicts else "")
-              + f"{printable(image.identity) or '-':<10} {printable(image.camera) or '-':<8} {printable(image.file)}"
-              + (f" box {','.join(map(str, image.box))}" if image.box else ""))
+    eligible = _eligible_rows(opened, rows, cameras, excluded_cameras)
+    if len(queries[0].images) > 1:
+        verdicts = calibration.Verdicts((), "thresholds are measured on pairs of single images")
+    neighbours, found = NearestNeighbours(opened.features), []
+    for one in tqdm(queries, "searching", unit=" queries", leave=False, disable=None if len(queries) > 1 else True):
+        own = frozenset(image.camera for image in one.images) if exclude_own_camera else frozenset()
+        nearest, distances = neighbours.search(one.feature, top_k, eligible(own))
+        found.append(Found(one, [opened.image(row) for row in nearest], distances,
+                            [verdicts.of(distance) if verdicts else "" for distance in distances]))
+    without = [str(one.query) for one in found if not one.images]
+    if len(without) == len(found):
+        filtered = cameras or excluded_cameras or exclude_own_camera
+        raise UserError(f"{gallery} has no images to search" + (" of these cameras" if filtered else ""))
+    if output is not None:
+        search_results.write(user_path(output), found)
+    else:
+        for one in found:
+            search_results.show(one, bool(verdicts), headed=len(found) > 1)
+    if without:
+        print(f"nothing to search for {len(without):,} queries, all of the gallery being of their cameras: "
+              + first_few(without))
     if not verdicts:
         print(f"no verdicts: {verdicts.why_none}")
     if picture is not None:
-        _draw(user_path(picture), query_image, images, distances)
+        search_results.draw(user_path(picture), found)
 
 
-def _draw(path: Path, query: UserImage, images: Sequence[UserImage], distances: np.ndarray) -> None:
-    """The query and what was found, side by side, with the distances."""
-    width, height = _CROP[0] + _GAP, _CROP[1] + 2 * _GAP + _CAPTION
-    sheet = Image.new("RGB", (_GAP + width * (1 + len(images)) + 2 * _GAP, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    captions = ["query", *(f"{distance:.4f}" for distance in distances)]
-    for column, (image, caption) in enumerate(zip([query, *images], captions, strict=True)):
-        left = _GAP + column * width + (2 * _GAP if column else 0)  # a wider space after the query
-        try:
-            sheet.paste(Image.fromarray(load_one(image, _CROP[1], _CROP[0])), (left, _GAP))
-        except UserError:  # moved or removed since it was embedded
-            draw.rectangle((left, _GAP, left + _CROP[0] - 1, _GAP + _CROP[1] - 1), outline="grey")
-            draw.text((left + _GAP, _GAP + _CROP[1] // 2), "file is gone", fill="grey")
-        draw.text((left, 2 * _GAP + _CROP[1]), caption, fill="black")
-    try:
-        sheet.save(path)
-    except (OSError, ValueError, KeyError) as error:  # a suffix of no format, or of one that is only read
-        raise UserError(f"cannot write {path} ({error}); give another --picture, such as found.png") from error
-    print(f"picture in {path}")
+def _query_images(source: str, camera: str | None, camera_needed: bool) -> list[UserImage]:
+    """The images to search for, of `camera` if that is given."""
+    listing = list_images(source)
+    if len(listing.images) > 1:
+        for note in listing.notes:
+            print(note)
+    images = [image if camera is None else dataclasses.replace(image, camera=camera) for image in listing.images]
+    unknown = [str(image) for image in images if not image.camera]
+    if camera_needed and unknown:
+        raise UserError(f"the camera of {first_few(unknown)} is told neither by a CSV nor by a name like "
+                        "Market-1501's; give --query_camera=CAMERA")
+    return images
+
+
+def _embed_queries(images: Sequence[UserImage], extractor: Extractor, same_person: bool, keep_going: bool
+                   ) -> list[Query]:
+    queries = []
+    for read, _, features in embed(images, extractor, keep_going=keep_going):
+        queries += [Query([loaded.image], feature) for loaded, feature in zip(read, features, strict=True)]
+    if same_person:
+        mean = np.mean([query.feature for query in queries], axis=0, dtype=np.float64)
+        queries = [Query([query.images[0] for query in queries], mean.astype(np.float32))]
+    return queries
 
 
 def _names(text: str) -> list[str]:
@@ -187,13 +218,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
     parser.add_argument("--gallery", metavar="DIR|CSV|GLOB|FILE", required=True, help="what to search; see below")
-    parser.add_argument("--query", metavar="IMAGE", help="an image of a person; none: only add to the gallery")
+    parser.add_argument("--query", metavar="IMAGE|DIR|CSV|GLOB",
+                        help="images of persons to search for; none: only add to the gallery")
+    parser.add_argument("--same_person", action="store_true", help="the query images are all of one person")
     parser.add_argument("--top_k", type=int, default=10, metavar="K", help="how many to find (default: 10)")
     parser.add_argument("--camera", type=_names, default=[], metavar="NAMES", help="search these cameras only")
     parser.add_argument("--exclude_camera", type=_names, default=[], metavar="NAMES", help="leave these cameras out")
     parser.add_argument("--query_camera", metavar="NAME",
-                        help="the camera of the query (default: what its name tells, if it is like Market-1501's)")
+                        help="the camera of the query (default: what a CSV or a name like Market-1501's tells)")
     parser.add_argument("--exclude_own_camera", action="store_true", help="leave out the camera of the query")
+    parser.add_argument("--output", metavar="FILE", help="write what was found to this CSV, rather than print it")
     parser.add_argument("--picture", metavar="FILE", help="draw the query and what was found, such as found.png")
     parser.add_argument("--index", metavar="DIR", help="the gallery folder to keep the images in (default: one in RUN)")
     parser.add_argument("--keep_going", action="store_true", help="list bad images and leave them out")
@@ -201,8 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_status(lambda: search(
         options.workdir, options.gallery, options.query, top_k=options.top_k, cameras=options.camera,
         excluded_cameras=options.exclude_camera, exclude_own_camera=options.exclude_own_camera,
-        query_camera=options.query_camera, picture=options.picture, index=options.index,
-        keep_going=options.keep_going))
+        query_camera=options.query_camera, same_person=options.same_person, output=options.output,
+        picture=options.picture, index=options.index, keep_going=options.keep_going))
 
 
 if __name__ == "__main__":

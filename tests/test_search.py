@@ -1,12 +1,13 @@
 """The search command: galleries that last, filters, pictures."""
 
+import csv
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jlml_jax import extract, features_file, search, user_images
+from jlml_jax import extract, features_file, search, search_results, user_images
 from jlml_jax.gallery import Gallery
 
 
@@ -37,7 +38,7 @@ def run(run_command, refused_by, tiny_run, loaded_once):
 
 def found(lines):
     """The names of the files in the table, nearest first, and their distances."""
-    rows = [line.split() for line in lines if line.split()[0].isdigit()]
+    rows = [line.split() for line in lines if line[:4].strip().isdigit()]
     return [row[-1].rpartition("/")[2] for row in rows], [float(row[1]) for row in rows]
 
 
@@ -102,6 +103,86 @@ def test_filters(run, crops, tmp_path):
     assert "somebody.png" in error and "--query_camera" in error
 
 
+def test_many_queries_are_each_searched_for(run, crops, tmp_path):
+    wanted = tmp_path / "wanted"
+    write_crops(wanted, [4, 7, 20])
+    arguments = [f"--index={tmp_path / 'i'}", "--top_k=3"]
+    alone = [found(run(f"--gallery={crops}", f"--query={wanted / name}", *arguments)) for name in names([4, 7, 20])]
+    lines = run(f"--gallery={crops}", f"--query={wanted}", *arguments)
+    assert [line for line in lines if line.startswith("query ")] == [f"query {name}" for name in names([4, 7, 20])]
+    assert found(lines)[0] == [file for one in alone for file in one[0]]
+
+    output, picture = tmp_path / "found.csv", tmp_path / "found.png"
+    lines = run(f"--gallery={crops}", f"--query={wanted}", f"--output={output}", f"--picture={picture}", *arguments)
+    assert f"{output}: 9 images found, for 3 queries" in lines and found(lines) == ([], [])
+    with open(output, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["query"], row["rank"]) for row in rows] == [(name, str(rank)) for name in names([4, 7, 20])
+                                                            for rank in (1, 2, 3)]
+    assert [row["image"] for row in rows] == [str(crops / file) for one in alone for file in one[0]]
+    distances = [float(row["distance"]) for row in rows]
+    np.testing.assert_allclose(distances, [distance for one in alone for distance in one[1]], atol=1e-4)
+    assert {(row["identity"], row["camera"], row["x"], row["query_x"]) for row in rows[:1]} == {("4", "2", "", "")}
+    sheet = np.asarray(Image.open(picture))
+    for row, name in enumerate(names([4, 7, 20])):
+        expected = np.asarray(Image.open(wanted / name).resize((96, 192), Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(sheet[8 + 224 * row:][:192, 8:104], expected)
+
+
+def test_boxes_of_queries_and_found_are_written(run, crops, tmp_path):
+    Image.open(crops / names([3])[0]).resize((100, 80)).save(tmp_path / "frame.png")
+    table, output = tmp_path / "boxes.csv", tmp_path / "found.csv"
+    table.write_text("image,camera,x,y,width,height\nframe.png,door,10,20,30,40\nframe.png,till,50,0,20,50\n")
+    run(f"--gallery={table}", f"--query={table}", f"--output={output}", f"--index={tmp_path / 'i'}", "--top_k=1")
+    with open(output, newline="") as file:
+        rows = list(csv.DictReader(file))
+    boxes = [["10", "20", "30", "40"], ["50", "0", "20", "50"]]
+    assert [[row[name] for name in ("x", "y", "width", "height")] for row in rows] == boxes
+    assert [[row[f"query_{name}"] for name in ("x", "y", "width", "height")] for row in rows] == boxes
+    assert [row["camera"] for row in rows] == ["door", "till"]
+
+
+def test_the_own_camera_is_each_query_s_own(run, crops, tmp_path):
+    wanted = tmp_path / "wanted"
+    write_crops(wanted, [4, 6])  # cameras 2 and 1
+    arguments = [f"--gallery={crops}", f"--query={wanted}", f"--index={tmp_path / 'i'}", "--top_k=20",
+                 "--exclude_own_camera"]
+    files, _ = found(run(*arguments))
+    assert sorted(files[:8]) == names([i for i in range(12) if i % 3 != 1])
+    assert sorted(files[8:]) == names([i for i in range(12) if i % 3 != 0])
+    lines = run(*arguments, "--camera=2")
+    assert sorted(found(lines)[0]) == names([1, 4, 7, 10])
+    assert f"nothing to search for 1 queries, all of the gallery being of their cameras: {names([4])[0]}" in lines
+    # Of one person: no camera of theirs.
+    assert sorted(found(run(*arguments, "--same_person"))[0]) == names([2, 5, 8, 11])
+
+
+def test_images_of_one_person_are_searched_for_by_their_mean(run, crops, tmp_path, tiny_extractor):
+    wanted = tmp_path / "wanted"
+    write_crops(wanted, [4, 7, 20])
+    features = {folder: tiny_extractor(np.stack([user_images.load_query(str(path), 32, 16)[1]
+                                                 for path in sorted(folder.iterdir())])) for folder in (crops, wanted)}
+    expected = np.linalg.norm(features[crops] - features[wanted].mean(axis=0), axis=1)
+    lines = run(f"--gallery={crops}", f"--query={wanted}", "--same_person", f"--index={tmp_path / 'i'}", "--top_k=20")
+    files, distances = found(lines)
+    assert files == names(np.argsort(expected))
+    np.testing.assert_allclose(distances, np.sort(expected), atol=1e-4)
+    assert "no verdicts: thresholds are measured on pairs of single images" in lines
+
+
+def test_bad_queries(run, crops, tmp_path, monkeypatch):
+    wanted = tmp_path / "wanted"
+    write_crops(wanted, [4, 7])
+    (wanted / "broken.png").write_bytes(b"no image")
+    arguments = [f"--gallery={crops}", f"--query={wanted}", f"--index={tmp_path / 'i'}", "--top_k=1"]
+    error = run(*arguments, status=2)
+    assert "broken.png" in error and "--keep_going" in error and not (tmp_path / "i").exists()
+    assert found(run(*arguments, "--keep_going"))[0] == names([4, 7])
+    monkeypatch.setattr(search_results, "MAX_DRAWN", 2)
+    error = run(*arguments, f"--picture={tmp_path / 'found.png'}", status=2)
+    assert "--picture shows 2 queries at most, not 3" in error
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_a_file_of_features_is_searched(run, tiny_run, crops, tmp_path, suffix):
     file, query = tmp_path / f"features{suffix}", crops / names([7])[0]
@@ -149,7 +230,8 @@ def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--gallery=nowhere", "--query=QUERY"], "nowhere does not exist"),
     (["--gallery=CROPS", "--query=nobody.png"], "nobody.png does not exist"),
-    (["--gallery=CROPS", "--query=CROPS"], "is not one image"),
+    (["--gallery=CROPS", "--picture=found.png", "--output=found.csv"], "--output, --picture without --query: give it"),
+    (["--gallery=CROPS", "--query=QUERY", "--output=CROPS"], "is a folder; give a file"),
     (["--gallery=CROPS", "--query=QUERY", "--top_k=0"], "--top_k=0 must be at least 1"),
     (["--gallery=CROPS", "--index=CROPS"], "has files in it but is no gallery"),
     (["--gallery=CROPS", "--query=QUERY", "--picture=found.psd"], "cannot write found.psd"),
