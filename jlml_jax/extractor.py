@@ -12,13 +12,15 @@ import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from jlml_jax import camera_statistics, evaluate, parallel
 from jlml_jax.camera_statistics import CameraStatistics
 from jlml_jax.checkpoints import SavedRun, load_run
+from jlml_jax.datasets.images import as_a_viewer_shows, refuse_deep, resize
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.models import build_model, is_identity_layer
-from jlml_jax.user_images import LoadedImage, UserImage, read_batches
+from jlml_jax.user_images import LoadedImage, UserImage, load_one, read_batches
 
 # Fields of config.model that say how it was trained, not what it computes.
 _TRAINING_FIELDS = ("cosine_scale", "loss", "norm_momentum")
@@ -94,6 +96,45 @@ class Extractor:
         if not np.isfinite(features).all():
             raise UserError("features are not finite; the weights are unusable: train again")
         return features
+
+    def embed_crops(self, crops: Sequence[np.ndarray | Image.Image | str | Path],
+                    cameras: Sequence[str] | None = None) -> np.ndarray:
+        """Features, float32 [N, dim], of crops of any sizes: resized as in training, as `jlml_jax.extract` has them.
+
+        Args:
+            crops: arrays uint8 [h, w, 3], RGB (OpenCV's are BGR: give crop[..., ::-1]), or [h, w], grey; Pillow's
+                images; or files of images.
+            cameras: as in a call.
+
+        Raises:
+            ValueError: a crop is none of these, or there is not a camera for each.
+            UserError: a file, or an image of Pillow's, cannot be used.
+        """
+        if isinstance(crops, str | Path):
+            raise ValueError("crops must be a sequence of crops, not one file")
+        if cameras is not None and len(cameras) != len(crops):
+            raise ValueError(f"{len(cameras)} cameras for {len(crops)} crops")
+        features = np.empty((len(crops), self.dim), np.float32)
+        for start in range(0, len(crops), self.batch_size):
+            rows = range(start, min(start + self.batch_size, len(crops)))
+            pixels = np.stack([self._resized(crops[row], f"crop {row}") for row in rows])
+            features[start:rows.stop] = self(pixels, None if cameras is None else cameras[start:rows.stop])
+        return features
+
+    def _resized(self, crop: np.ndarray | Image.Image | str | Path, name: str) -> np.ndarray:
+        """uint8 [height, width, 3]."""
+        if isinstance(crop, str | Path):
+            return load_one(UserImage(Path(crop), str(crop)), self.height, self.width)
+        if isinstance(crop, Image.Image):
+            refuse_deep(crop, name)
+            image = as_a_viewer_shows(crop)
+        else:
+            pixels = np.asarray(crop)
+            if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.shape[2:] == (3,)) or not pixels.size:
+                raise ValueError(f"{name} must be uint8 [h, w, 3] or [h, w], an image of Pillow's or a file, got "
+                                 f"{pixels.dtype} {list(pixels.shape)}")
+            image = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+        return np.asarray(resize(image, self.height, self.width))
 
     def _variables_of(self, cameras: Sequence[str]) -> Any:
         """What the network takes for a batch of these cameras, with statistics [B, channels] if they differ."""

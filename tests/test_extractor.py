@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from processes import run_program
 
-from jlml_jax import datasets, evaluate, load_extractor, parallel
+from jlml_jax import datasets, evaluate, extract, features_file, load_extractor, parallel
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
 from jlml_jax.models import build_model
@@ -57,6 +58,39 @@ def test_any_number_of_images_and_no_compilation_for_each(tiny_extractor):
 def test_other_shapes_and_dtypes_are_refused(tiny_extractor, wrong):
     with pytest.raises(ValueError, match=r"uint8 \[B, 32, 16, 3\], got"):
         tiny_extractor(wrong)
+
+
+def test_crops_of_any_kind_and_size_are_embedded_as_extract_does(tiny_extractor, tiny_run, tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "crops"
+    folder.mkdir()
+    arrays = [rng.integers(0, 256, (40 + 7 * i, 30 - i, 3), np.uint8) for i in range(19)]  # more than a batch
+    files = [folder / f"{i:02d}.png" for i in range(len(arrays))]
+    for array, file in zip(arrays, files, strict=True):
+        Image.fromarray(array).save(file)
+    assert extract.main([f"--workdir={tiny_run}", f"--images={folder}", f"--output={tmp_path / 'f.npz'}"]) == 0
+    expected = features_file.read(tmp_path / "f.npz").features
+    bgr = [np.ascontiguousarray(array[..., ::-1])[..., ::-1] for array in arrays]  # a view of what OpenCV gives
+    for crops in (arrays, bgr, files, [str(file) for file in files], [Image.open(file) for file in files]):
+        np.testing.assert_array_equal(tiny_extractor.embed_crops(crops), expected)
+    assert tiny_extractor.embed_crops([]).shape == (0, 32)
+    grey = arrays[0][..., 0]
+    np.testing.assert_array_equal(tiny_extractor.embed_crops([grey, Image.fromarray(grey)]),
+                                  tiny_extractor.embed_crops([np.stack([grey] * 3, axis=-1)] * 2))
+
+
+def test_crops_that_cannot_be_used_are_named(tiny_extractor, tmp_path):
+    good = np.zeros((20, 10, 3), np.uint8)
+    for bad in (good.astype(np.float32), good[..., :2], good[:0], np.zeros((1, 20, 10, 3), np.uint8)):
+        with pytest.raises(ValueError, match="crop 1 must be uint8"):
+            tiny_extractor.embed_crops([good, bad])
+    with pytest.raises(UserError, match="crop 1 has more than 8 bits"):
+        tiny_extractor.embed_crops([good, Image.new("I;16", (10, 20))])
+    with pytest.raises(UserError, match=r"nobody\.png cannot be read"):
+        tiny_extractor.embed_crops([good, tmp_path / "nobody.png"])
+    with pytest.raises(ValueError, match="1 cameras for 2 crops"):
+        tiny_extractor.embed_crops([good, good], ["door"])
+    with pytest.raises(ValueError, match="not one file"):
+        tiny_extractor.embed_crops("crops")
 
 
 def test_the_fingerprint_is_of_what_changes_features(tiny_extractor, tiny_run):

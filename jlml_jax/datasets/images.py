@@ -22,8 +22,8 @@ def open_rgb(encoded: bytes, name: str, *, upright: bool = False) -> Image.Image
     Args:
         encoded: the file.
         name: for messages.
-        upright: show it as a viewer would: turned as its Exif data say, what is transparent laid over mid-grey. False
-            is for the images of data sets, which are kept so, and which TensorFlow must read alike.
+        upright: as a viewer shows it. False is for the images of data sets, which are kept so, and which TensorFlow
+            must read alike.
 
     Raises:
         UserError: it does not decode, is greyscale of more than 8 bits, or is too large to be what it should be.
@@ -33,21 +33,30 @@ def open_rgb(encoded: bytes, name: str, *, upright: bool = False) -> Image.Image
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise UserError(f"{name} has {image.width} x {image.height} pixels, which is no crop of a person; "
                                 "replace the file")
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits, not scale
-                raise UserError(f"{name} has more than 8 bits a channel; convert it to 8 bits")
+            refuse_deep(image, name)
             image.load()
-            if upright:
-                with contextlib.suppress(Exception):  # damaged Exif data, as if there were none
-                    ImageOps.exif_transpose(image, in_place=True)
-                if image.has_transparency_data:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), image.convert("RGBA"))
-            return image.convert("RGB")
+            return as_a_viewer_shows(image) if upright else image.convert("RGB")
     except UserError:
         raise
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image of a known format; replace the file") from error
     except Exception as error:  # Pillow's plug-ins let through whatever a damaged file makes them stumble over
         raise UserError(f"{name} does not decode as an image ({error}); replace the file") from error
+
+
+def refuse_deep(image: Image.Image, name: str) -> None:
+    """A UserError if `image` has more than 8 bits a channel: Pillow would clip them, not scale."""
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"{name} has more than 8 bits a channel; convert it to 8 bits")
+
+
+def as_a_viewer_shows(image: Image.Image) -> Image.Image:
+    """`image` as RGB, turned as its Exif data say, and what is transparent laid over mid-grey."""
+    with contextlib.suppress(Exception):  # damaged Exif data, as if there were none
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def decode_image(encoded: bytes, name: str, height: int | None = None, width: int | None = None) -> np.ndarray:
