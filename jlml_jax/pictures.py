@@ -33,6 +33,8 @@ def ranked_gallery(trial: Trial, query: int, distances: np.ndarray, top_k: int) 
     gallery = trial.gallery
     same = gallery.identities == trial.query.identities[query]
     counts = np.flatnonzero((gallery.identities != JUNK) & ~(same & (gallery.cameras == trial.query.cameras[query])))
+    if len(counts) > top_k:  # what cannot be among them is not sorted
+        counts = counts[distances[counts] <= np.partition(distances[counts], top_k - 1)[top_k - 1]]
     return counts[np.lexsort((same[counts], distances[counts]))[:top_k]]
 
 

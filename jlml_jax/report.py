@@ -1,11 +1,14 @@
 """Writes one self-contained HTML page about a run: its results, curves, distances, ranked lists and activation maps.
 
-Everything but the results table and the training curves is computed anew, from the latest checkpoint. A run without a
-test (several data sets trained on together, or ImageNet) gets a page without what needs queries.
+Beside the page is a CSV of the same name: each query with its average precision, the rank of its first true match and
+its nearest gallery image. Everything but the results table and the training curves is computed anew, from the latest
+checkpoint. A run without a test (several data sets trained on together, or ImageNet) gets a page without what needs
+queries, and no CSV.
 """
 
 import argparse
 import base64
+import csv
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +33,7 @@ from jlml_jax import (
 from jlml_jax.checkpoints import SavedRun, load_run, read_results
 from jlml_jax.datasets import Names
 from jlml_jax.datasets.base import DISTRACTOR, Split
-from jlml_jax.distances import l2_distances
+from jlml_jax.distances import LazyRows, l2_distances
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
 from jlml_jax.files import check_output, user_path, write_output
@@ -58,7 +61,7 @@ _EXAMPLE = """example:
 
 def write_report(workdir: str | Path, output: str | Path | None = None, *, data_dir: str | None = None,
                  queries: int = QUERIES) -> Path:
-    """Writes the report of the run in `workdir` and returns its path.
+    """Writes the report of the run in `workdir` and returns its path; beside it, as a CSV, how each query fared.
 
     Args:
         workdir: folder of a trained run; of several trials, that of one.
@@ -73,7 +76,11 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
     if queries < 1:
         raise UserError(f"--queries={queries} must be at least 1")
     run = load_run(workdir)
+    table = output.with_suffix(".csv")
+    if table == output:
+        raise UserError(f"--output={output} is the name of the table beside the page; give one that ends in .html")
     check_output(output)
+    check_output(table)
     config = run.config
     if data_dir is not None:
         config.data.data_dir = data_dir
@@ -87,14 +94,18 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
                         "give --data_dir of the data that it was trained on")
     protocols.refuse_trained_on(trial, run.label_map)
 
+    ranking, queries_table = (None, None) if trial.query is None else _ranking(run, trial, results, queries)
     page = _environment().get_template("report.html").render(
         run=run, trial=trial, results=_tables(results["rows"]) if results else None, training=_training(history),
-        ranking=_ranking(run, trial, results, queries) if trial.query is not None else None,
+        ranking=ranking,
         real_people=trial.query is not None and _shows_real_people(trial.dataset),
         several_trials=protocol.num_trials > 1, provenance=_provenance(run, trial, results),
         config=config.to_json(indent=1), heat=_heat_gradient())
     write_output(output, page)
     print(f"wrote {output}, {len(page.encode()) / 1e6:.1f} MB")
+    if queries_table is not None:
+        write_output(table, queries_table)
+        print(f"wrote {table}, its {len(trial.query):,} queries one by one")
     if trial.query is not None and _shows_real_people(trial.dataset):
         print(f"it has images of {trial.dataset} in it, real people's, which may not be passed on")
     return output
@@ -204,7 +215,8 @@ def _training(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
 # What is computed anew.
 
 
-def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_group: int) -> dict[str, Any]:
+def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_group: int) -> tuple[dict[str, Any], str]:
+    """What the page says of queries and gallery, and the CSV of all queries."""
     config = run.config
     evaluate.check_fields(config.evaluate)
     mesh = parallel.make_mesh()
@@ -232,7 +244,7 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
     histogram, thresholds = _histogram(trial, query[feature], gallery[feature],
                                        verdicts.thresholds if verdicts and comparable else ())
     ranks = np.arange(1, config.evaluate.max_rank + 1)
-    return {
+    page = {
         "feature": feature, "scores": scores[feature], "differs": _difference(run, trial, results, feature, scores),
         "cmc": _figure(
             [Curve(name, ranks, 100 * score.cmc, _COLORS.get(name, _OTHER)) for name, score in scores.items()],
@@ -244,6 +256,7 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
         "figures": [item for group in groups for item in [one for one in lists if one["group"] == group][:FIGURES]],
         "strips": config.model.num_strips, "units": units, "top_k": TOP_K,
     }
+    return page, _queries_table(trial, names, query[feature], gallery[feature], first_ranks, precisions)
 
 
 def _difference(run: SavedRun, trial: Trial, results: dict[str, Any] | None, feature: str,
@@ -285,6 +298,27 @@ def _ranked_list(trial: Trial, names: Names, group: str, q: int, distances: np.n
             "rank": rank, "distance": float(distances[g]),
             "right": bool(trial.gallery.identities[g] == trial.query.identities[q])}
             for rank, g in enumerate(ranked, 1)]}
+
+
+def _queries_table(trial: Trial, names: Names, query: LazyRows, gallery: LazyRows, first_ranks: np.ndarray,
+                   precisions: np.ndarray) -> str:
+    """A CSV with a line a query; without a true match, it has no rank and no average precision."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["query", "identity", "camera", "first_match_rank", "average_precision", "nearest",
+                    "nearest_identity", "nearest_camera", "nearest_distance"])
+
+    def of(split: Split, index: int) -> tuple[str, str, str]:
+        return str(split.names[index]), names.identity(split.identities[index]), names.camera(split.cameras[index])
+
+    step = max(1, _DISTANCES // len(gallery))
+    for start in range(0, len(query), step):
+        for q, distances in enumerate(l2_distances(query[start:start + step], gallery), start):
+            scores = (int(first_ranks[q]), f"{precisions[q]:.6f}") if first_ranks[q] else ("", "")
+            nearest = pictures.ranked_gallery(trial, q, distances, 1)
+            found = (*of(trial.gallery, nearest[0]), f"{distances[nearest[0]]:.6f}") if len(nearest) else [""] * 4
+            table.writerow([*of(trial.query, q), *scores, *found])
+    return text.getvalue()
 
 
 def _options(lists: Sequence[Mapping[str, Any]], field: str) -> list[str]:

@@ -1,5 +1,7 @@
 """The report of a run: what is in the page, what is refused, and the page in a real browser."""
 
+import csv
+import dataclasses
 import html.parser
 import json
 import os
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jlml_jax import evaluate, metrics, parallel, pictures, protocols, report
+from jlml_jax import datasets, evaluate, metrics, parallel, pictures, protocols, report
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.folder import Folder
 from jlml_jax.distances import l2_distances
@@ -194,6 +196,37 @@ def test_lists_are_the_worst_the_best_and_others(page, shop):
     np.testing.assert_allclose(shown[10:], np.sort(precisions)[::-1][:5])
     cameras = {attributes["value"] for attributes, _ in page.all("option")} & {"door", "<i>till"}
     assert cameras == {one["data-camera"] for one in articles} == {"door", "<i>till"}
+
+
+def test_the_table_beside_the_page_has_every_query(shop):
+    workdir, _, trial, (query, gallery) = shop
+    with open(workdir / "report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ranks, precisions = metrics.query_scores(query["joint"], gallery["joint"], *evaluate.labels_of(trial))
+    assert [row["query"] for row in rows] == trial.query.names.tolist()
+    assert [int(row["first_match_rank"]) for row in rows] == ranks.tolist()
+    np.testing.assert_allclose([float(row["average_precision"]) for row in rows], precisions, atol=1e-6)
+    distances = l2_distances(query["joint"], gallery["joint"])
+    for q, row in enumerate(rows):
+        nearest = pictures.ranked_gallery(trial, q, distances[q], 1)[0]
+        assert row["nearest"] == trial.gallery.names[nearest]
+        assert float(row["nearest_distance"]) == pytest.approx(distances[q, nearest], abs=1e-5)
+    assert {row["camera"] for row in rows} == {row["nearest_camera"] for row in rows} == {"door", "<i>till"}
+    assert {MARKUP, "p5"} < {row["identity"] for row in rows}
+
+
+def test_queries_that_do_not_count_have_no_scores_in_the_table(shop):
+    _, _, trial, (query, gallery) = shop
+    gallery = gallery["joint"][:]
+    alone = dataclasses.replace(trial, gallery=trial.gallery.select(np.arange(1)))
+    scores = metrics.query_scores(query["joint"], gallery[:1], *evaluate.labels_of(alone))
+    names = datasets.names("folder/shop", load_run(shop[0]).config.data.data_dir)
+    lines = report._queries_table(alone, names, query["joint"], gallery[:1], *scores).splitlines()[1:]
+    rows = list(csv.reader(lines))
+    assert len(rows) == len(trial.query) and sum(row[3:5] != ["", ""] for row in rows) == 1
+    own = [row for row in rows if row[1:3] == [names.identity(alone.gallery.identities[0]),
+                                               names.camera(alone.gallery.cameras[0])]]
+    assert own and all(row[5:] == [""] * 4 for row in own)  # all of the gallery is of its own camera
 
 
 def test_a_list_is_ranked_as_the_metrics_rank(shop):
