@@ -38,8 +38,8 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
     """Writes the run in `workdir`, normalising by `images`, to the new folder `output`, whole or not at all.
 
     Raises:
-        UserError: the run does not load, images are bad, fewer than `FEWEST_IMAGES` or, with `by_camera`, of unknown
-            cameras, or `output` is there already or cannot be written.
+        UserError: the run does not load or has not ended, images are bad, fewer than `FEWEST_IMAGES` or, with
+            `by_camera`, of unknown cameras, or `output` is there already or cannot be written.
     """
     output = user_path(output)
     with new_folder(output, "--output") as part:
@@ -51,8 +51,10 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
             unknown = [str(image) for image in listing.images if not image.camera]
             raise UserError(f"{len(unknown)} images tell no camera: {first_few(unknown)}; give a CSV with a column "
                             "camera, or names like Market-1501's, or leave out --by_camera")
-        measure = _Measure(load_run(workdir), keep_going)
-        run = measure.run
+        run = load_run(workdir)
+        if run.step < run.config.train.steps:  # what trains on would move the statistics again
+            raise UserError(f"{workdir} is at step {run.step} of {run.config.train.steps}; train it to its end first")
+        measure = _Measure(run, keep_going)
         batch_stats, number = measure(listing.images)
         if number < FEWEST_IMAGES:
             raise UserError(f"{number} images are too few to adapt to; give at least {FEWEST_IMAGES}, better hundreds")
@@ -85,7 +87,7 @@ class _Measure:
     """
 
     def __init__(self, run: SavedRun, keep_going: bool):
-        self.run, self._keep_going = run, keep_going
+        self._run, self._keep_going = run, keep_going
         self.bad: set[UserImage] = set()
         self._mesh, config = parallel.make_mesh(jax.local_devices()), run.config
         parallel.keep_programs(config.compilation_cache)
@@ -96,7 +98,7 @@ class _Measure:
     def __call__(self, images: Sequence[UserImage]) -> tuple[Any, int]:
         # Read in the list's order, in which the boxes of one frame follow each other: it is then decoded once.
         chosen = [images[index] for index in np.sort(norm_statistics.chosen_images(len(images)))]
-        data = self.run.config.data
+        data = self._run.config.data
         batches = read_batches(chosen, data.height, data.width, self._batch_size, "reading",
                                keep_going=self._keep_going)
         loaded = [image for read, _ in batches for image in read]

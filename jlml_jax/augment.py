@@ -59,8 +59,13 @@ def _augment_one(settings, data, key, image):
         image = _jitter_color(jax.random.fold_in(key, 3), image.astype(jnp.float32), settings.color_jitter)
     if settings.erasing_probability:
         erased = _erased_area(jax.random.fold_in(key, 2), image.shape, settings.erasing_probability)
-        image = jnp.where(erased[..., None], jnp.round(255 * jnp.asarray(data.mean)).astype(image.dtype), image)
+        image = jnp.where(erased[..., None], _mean_pixel(data).astype(image.dtype), image)
     return image
+
+
+def _mean_pixel(data: ml_collections.ConfigDict) -> jax.Array:
+    """The data's mean as a pixel [3], 0 to 255; the nearest there is, where a config's mean is none."""
+    return jnp.clip(jnp.round(255 * jnp.asarray(data.mean)), 0, 255)
 
 
 def _resample(image: jax.Array, positions: jax.Array, size: int, axis: int) -> jax.Array:

@@ -14,7 +14,7 @@ from jlml_jax.calibration import format_rate
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.base import DISTRACTOR, JUNK
 from jlml_jax.datasets.folder import NOBODY
-from jlml_jax.errors import UserError, exit_status
+from jlml_jax.errors import UserError, exit_status, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, load_extractor, tell_unknown_cameras
 from jlml_jax.files import user_path
 
@@ -52,7 +52,12 @@ def _labelled_test(workdir: Path, dataset: str | None, extractor: Extractor) -> 
                                                 if image not in in_gallery], int))
     splits = [split for split in (only_queries, trial.gallery) if len(split)]
     called = datasets.names(trial.dataset, data.data_dir)
-    cameras = [[called.camera(camera) for camera in split.cameras] for split in splits]
+    # Those of several data sets have no names in common.
+    cameras = [[called.camera(camera) if not trial.offsets else "" for camera in split.cameras] for split in splits]
+    known = sorted({*itertools.chain(*cameras)}.intersection(extractor.cameras))
+    if known:
+        print(f"{', '.join(map(printable, known))}: cameras whose images go by the statistics that the run was adapted "
+              "to under these names")
     tell_unknown_cameras(itertools.chain(*cameras), extractor)
     features = []
     for split, names in zip(splits, cameras, strict=True):

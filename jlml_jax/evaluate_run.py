@@ -37,6 +37,7 @@ def evaluate_run(run: Run, state: TrainState, started: float) -> list[dict[str, 
     provenance = run.command.provenance
     results = provenance | {
         "seed": run.config.seed, "steps": int(state.step), "train_fingerprint": run.label_map["fingerprint"],
+        result_rows.SETTINGS: result_rows.settings_of(run.config.evaluate),
         "wall_time_seconds": round(time.perf_counter() - started, 1)}
     _write(run.workdir, rows,
            training_history.with_training(results, provenance, training_history.read(run.workdir)))
@@ -83,7 +84,10 @@ def _other_rows(run: Run, variables: dict[str, Any]) -> list[dict[str, Any]]:
             of_tests = [row for test in tests for row in evaluate.evaluate_trials(
                 [test], _features_of(run, test, variables), config, products)]
             rows += of_tests + (result_rows.mean_rows(of_tests) if len(tests) > 1 else [])
-    return [row | {"trained_on": run.trial.dataset, "trained_trial": run.trial.number} for row in rows]
+    trained = run.label_map
+    if not run.config.train.steps:  # nothing was; the run that it starts from was
+        trained = trained["init_from"] or trained
+    return [row | {"trained_on": trained["dataset"], "trained_trial": run.trial.number} for row in rows]
 
 
 def _features_of(run: Run, trial: Trial, variables: dict[str, Any]) -> FeatureCache:
@@ -95,10 +99,6 @@ def _extract(run: Run, forward: Forward, variables: dict[str, Any], split: Split
                                      run.command.mesh)
 
 
-# Of config.evaluate: what changes features or queries, and is not in the rows.
-_NOT_IN_ROWS = ("flip_average", "multi_query")
-
-
 def collect_trials(workdir: Path, settings: ml_collections.ConfigDict, provenance: dict[str, Any]
                    ) -> list[dict[str, Any]]:
     """Writes the results of all trials evaluated so far, and their means, into the folder that they are in.
@@ -107,12 +107,15 @@ def collect_trials(workdir: Path, settings: ml_collections.ConfigDict, provenanc
     `config.evaluate`. Returns all rows.
     """
     trials = {path.parent: read_results(path.parent) for path in sorted(workdir.glob(f"trial-*/{RESULTS}"))}
+    if not trials:  # on another host than the one that writes, which does not see them yet
+        return []
     steps = max(trial["provenance"]["steps"] for trial in trials.values())
     fewer_steps = [folder for folder, trial in trials.items() if trial["provenance"]["steps"] < steps]
-    otherwise = [folder for folder in trials if any(
-        read_description(folder)[0].evaluate[name] != settings[name] for name in _NOT_IN_ROWS)]
+    wanted = result_rows.settings_of(settings)
+    otherwise = [folder for folder, trial in trials.items() if trial["provenance"].get(
+        result_rows.SETTINGS, result_rows.settings_of(read_description(folder)[0].evaluate)) != wanted]
     for left_out, why in ((fewer_steps, f"evaluated after fewer steps than the {steps} of others"),
-                          (otherwise, f"evaluated by another {' or '.join(_NOT_IN_ROWS)}")):
+                          (otherwise, f"evaluated by another {' or '.join(wanted)}")):
         if left_out:
             print(f"{why} and not in the means: {first_few([folder.name for folder in left_out])}; the same command "
                   "with these trials evaluates them again", flush=True)

@@ -53,12 +53,12 @@ def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], Non
         raise
 
 
-def check_output(path: Path) -> None:
-    """A UserError if the file of a command's --output cannot be written: told before the work is done, not after."""
+def check_output(path: Path, option: str = "--output") -> None:
+    """A UserError if the file that a command's `option` names cannot be written: told before the work, not after."""
     if path.is_dir():
-        raise UserError(f"--output={path} is a folder; give a file in a folder that exists")
+        raise UserError(f"{option}={path} is a folder; give a file in a folder that exists")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output={path} cannot be written: {path.parent} is not a folder that can be written to; "
+        raise UserError(f"{option}={path} cannot be written: {path.parent} is not a folder that can be written to; "
                         "give a file in one that is")
 
 

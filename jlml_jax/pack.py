@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jlml_jax import calibration, camera_statistics, parallel
+from jlml_jax import calibration, camera_statistics, parallel, result_rows
 from jlml_jax.checkpoints import CONFIG, LABEL_MAP, RESULTS, TRAINING, load_run, read_results
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError, exit_status
@@ -63,6 +63,11 @@ def pack(workdir: str | Path, output: str | Path) -> None:
         print(f"{calibration.FILE} is left out, as it is not of the rounded weights: to hand on thresholds, unpack the "
               "file, calibrate that run, and pack it")
     results = read_results(run.workdir)
+    if results is not None and results["provenance"].get(
+            result_rows.SETTINGS, settings := result_rows.settings_of(run.config.evaluate)) != settings:
+        results = None
+        print(f"{RESULTS} is left out, as it is by another {' or '.join(settings)} than {CONFIG} has now: to hand it "
+              "on, evaluate the run again")
     if results is not None and (step := results["provenance"].get("steps", run.step)) != run.step:
         results = None
         print(f"{RESULTS} is left out, as it is of step {step}, not {run.step}: to hand it on, evaluate the run again")

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from jlml_jax.augment import normalise
 from jlml_jax.datasets.base import JUNK
+from jlml_jax.datasets.images import save_whole
 from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError
 from jlml_jax.models import JLML
@@ -59,7 +60,7 @@ def ranked_lists(trial: Trial, query_features: np.ndarray, gallery_features: np.
                 (left, top, left + _CROP[0] + 2 * _FRAME - 1, top + _CROP[1] + 2 * _FRAME - 1), fill=color)
             sheet.paste(Image.fromarray(crop), (left + _FRAME, top + _FRAME))
     try:
-        sheet.save(path)
+        save_whole(sheet, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 

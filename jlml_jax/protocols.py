@@ -204,8 +204,8 @@ def _fixed_splits(name: str, data: ml_collections.ConfigDict) -> Protocol:
         parts = dict(splits)
         if "multi_query" in parts:
             everyone, query = parts["multi_query"], parts["query"]
-            parts["multi_query"] = everyone.select(np.flatnonzero(_in(_person_cameras(everyone),
-                                                                      _person_cameras(query))))
+            rows = np.flatnonzero(_in(_person_cameras(everyone), _person_cameras(query)))
+            parts["multi_query"] = everyone.select(rows) if len(rows) else None  # none in an incomplete copy
         return _checked(Trial(name, "single-query", number, **parts, incomplete=incomplete, names=names))
     return Protocol(1, trial)
 

@@ -95,10 +95,12 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
     protocols.refuse_trained_on(trial, run.label_map)
 
     ranking, queries_table = (None, None) if trial.query is None else _ranking(run, trial, results, queries)
+    shown = [] if trial.query is None else [*trial.datasets(), config.evaluate.extra_gallery]
+    real_people = [name for name in shown if name and _shows_real_people(name)]
     page = _environment().get_template("report.html").render(
         run=run, trial=trial, results=_tables(results["rows"]) if results else None, training=_training(history),
         ranking=ranking,
-        real_people=trial.query is not None and _shows_real_people(trial.dataset),
+        real_people=real_people,
         several_trials=protocol.num_trials > 1, provenance=_provenance(run, trial, results),
         config=config.to_json(indent=1), heat=_heat_gradient())
     write_output(output, page)
@@ -106,8 +108,8 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
     if queries_table is not None:
         write_output(table, queries_table)
         print(f"wrote {table}, its {len(trial.query):,} queries one by one")
-    if trial.query is not None and _shows_real_people(trial.dataset):
-        print(f"it has images of {trial.dataset} in it, real people's, which may not be passed on")
+    if real_people:
+        print(f"it has images of {', '.join(real_people)} in it, real people's, which may not be passed on")
     return output
 
 
@@ -220,6 +222,7 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
     config = run.config
     evaluate.check_fields(config.evaluate)
     mesh = parallel.make_mesh()
+    config.evaluate.batch_size = -(-config.evaluate.batch_size // mesh.size) * mesh.size  # of whatever devices
     verdicts = calibration.load_verdicts(run.workdir, Extractor(run, mesh))  # refuses other weights' before the work
     model = build_model(config, num_identities=0)
     forward = evaluate.make_forward(model, config, mesh)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from jlml_jax import metrics
@@ -16,6 +17,13 @@ TITLES = dict(zip(SCORES + ACCURACIES, (*(f"R{rank}" for rank in REPORTED_RANKS)
                                         "top-5"), strict=True))
 RERANKED = "reranked_"  # before the name of a score of k-reciprocal re-ranking
 TITLES |= {f"{RERANKED}{score}": f"{TITLES[score]} re-r." for score in ("rank1", "mean_ap")}
+
+SETTINGS = "evaluated_by"  # in the provenance of results.json, what `settings_of` gives
+
+
+def settings_of(evaluate: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Of a `config.evaluate` what changes features, queries or the gallery, and is not in the rows."""
+    return {name: evaluate[name] for name in ("flip_average", "multi_query", "extra_gallery")}
 
 
 def make_row(trial: Trial, protocol: str, feature: str, normalize: str, scores: metrics.RankingMetrics
@@ -106,16 +114,33 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as tables in per cent, one for each data set and protocol: of the mean of its trials if there is one."""
+    """The rows as tables in per cent, one for each data set and protocol: of the mean of its trials if there is one.
+
+    Where trials were evaluated in several ways, each has a table of its own.
+    """
     tables = {}
     for row in without_averaged(rows):
         tables.setdefault((row["dataset"], row["protocol"], row["trial"]), []).append(row)
-    return "\n\n".join(_format_table(table) for table in tables.values())
+    return "\n\n".join(_format_table(part, len(parts) > 1) for table in tables.values()
+                       for parts in [_by_evaluation(table)] for part in parts)
 
 
-def _format_table(rows: Sequence[dict[str, Any]]) -> str:
+def _by_evaluation(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """One table's rows, in parts if a feature is there more than once."""
+    if len({(row["feature"], row.get("trained_on")) for row in rows}) == len(rows):
+        return [list(rows)]
+    parts = {}
+    for row in rows:
+        key = row.get("normalize"), row.get("norm_statistics"), averaged_over(row)
+        parts.setdefault(key, []).append(row)
+    return list(parts.values())
+
+
+def _format_table(rows: Sequence[dict[str, Any]], with_normalize: bool) -> str:
     first = rows[0]
     title = f"{first['dataset']}, {first['protocol']}"
+    if with_normalize and "normalize" in first:
+        title += f", evaluate.normalize={first['normalize']}"
     if averaged := averaged_over(first):
         title += f", mean of {averaged} and standard deviation"
     elif first["trial"]:

@@ -26,9 +26,9 @@ next search embeds only what is new; only images that are listed now are searche
 is searched whole. It belongs to the model that made it, and is refused with another one.
 
 --query is an image, or many as extract takes them: each is searched for. --output has a line for each image that was
-found: query, rank, distance, verdict (if the run is calibrated), image, identity, camera, and the boxes, if there are
-any. With --same_person all query images are of one person, and the mean of their features is searched for, as in
-Market-1501's multi-query protocol.
+found: query, its number of images, rank, distance, verdict (if the run is calibrated), image, identity, camera, and the
+boxes, if there are any. With --same_person all query images are of one person, and the mean of their features is
+searched for, as in Market-1501's multi-query protocol.
 
 examples:
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=crops --query=somebody.jpg --picture=found.png
@@ -109,7 +109,7 @@ def _eligible_rows(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, onl
             raise UserError(f"no image of the gallery has camera {first_few(unknown)}; its cameras are "
                             + (first_few([printable(camera) for camera in known if camera]) or "not known"))
 
-    @functools.cache
+    @functools.lru_cache(maxsize=64)  # of a gallery of millions each is megabytes
     def eligible(own: frozenset[str]) -> np.ndarray | None:
         if rows is None and not (only or excluded or own):
             return None
@@ -143,6 +143,8 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
         raise UserError(f"{first_few([name for name, value in given.items() if value])} without --query: give it, too")
     if output is not None:
         check_output(user_path(output))
+    if picture is not None:
+        search_results.check_picture(user_path(picture))
     extractor = load_extractor(workdir)
     verdicts = calibration.load_verdicts(workdir, extractor)
     queries = []

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from jlml_jax.datasets.images import save_whole
 from jlml_jax.errors import UserError, printable
-from jlml_jax.files import write_output
+from jlml_jax.files import check_output, write_output
 from jlml_jax.user_images import UserImage, load_one
 
 _CROP, _GAP, _CAPTION = (96, 192), 8, 16  # pixels: width and height of a crop, the space around it, its line of text
@@ -54,19 +55,28 @@ def show(found: Found, with_verdicts: bool, headed: bool) -> None:
 
 
 def write(path: Path, found: Sequence[Found]) -> None:
-    """A CSV with a line for each image that was found, by query and rank."""
+    """A CSV with a line for each image that was found, by query and rank; of images of one person, the first's name."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     box = ("x", "y", "width", "height")
-    table.writerow(["query", *(f"query_{name}" for name in box), "rank", "distance", "verdict", "image", "identity",
-                    "camera", *box])
+    table.writerow(["query", "query_images", *(f"query_{name}" for name in box), "rank", "distance", "verdict", "image",
+                    "identity", "camera", *box])
     for one in found:
         query = one.query.images[0]
+        cells = [query.file, len(one.query.images), *(query.box or [""] * 4)]
         for rank, (image, distance, verdict) in enumerate(zip(one.images, one.distances, one.verdicts, strict=True), 1):
-            table.writerow([query.file, *(query.box or [""] * 4), rank, f"{distance:.6f}", verdict, image.file,
-                            image.identity, image.camera, *(image.box or [""] * 4)])
+            table.writerow([*cells, rank, f"{distance:.6f}", verdict, image.file, image.identity, image.camera,
+                            *(image.box or [""] * 4)])
     write_output(path, text.getvalue())
     print(f"{path}: {sum(len(one.images) for one in found):,} images found, for {len(found):,} queries")
+
+
+def check_picture(path: Path) -> None:
+    """A UserError if a picture cannot be written to `path`: told before the search, not after."""
+    check_output(path, "--picture")
+    Image.init()
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--picture={path} has no suffix of a format of pictures; give one such as found.png")
 
 
 def draw(path: Path, found: Sequence[Found]) -> None:
@@ -87,7 +97,8 @@ def draw(path: Path, found: Sequence[Found]) -> None:
                 draw.text((left + _GAP, top + _CROP[1] // 2), "file is gone", fill="grey")
             draw.text((left, top + _GAP + _CROP[1]), caption, fill="black")
     try:
-        sheet.save(path)
-    except (OSError, ValueError, KeyError) as error:  # a suffix of no format, or of one that is only read
-        raise UserError(f"cannot write {path} ({error}); give another --picture, such as found.png") from error
+        save_whole(sheet, path)
+    except (OSError, ValueError) as error:  # such as a JPEG, which may be 65,500 pixels wide
+        raise UserError(f"cannot write --picture={path} ({error}); what was there is as it was: make room, or give "
+                        "another, such as found.png") from error
     print(f"picture in {path}")

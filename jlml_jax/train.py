@@ -125,7 +125,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     code = {field: source[field] for field in ("commit", "source_sha256", "versions")}
     parallel.refuse_differing(flatten_dict({"config": json.loads(config.to_json())} | code, sep=".")
                               | {"--workdir": str(workdir), "--mode": mode})
-    _check_config(config, mesh)
+    _check_config(config, mesh, mode)
 
     add_distractors = functools.partial(protocols.add_distractors, name=config.evaluate.extra_gallery,
                                         data=config.data)
@@ -162,13 +162,14 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     return rows
 
 
-def _check_config(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+def _check_config(config: ml_collections.ConfigDict, mesh: Mesh, mode: str) -> None:
     """Refuses fields that no run can have, whatever its data."""
     check_ranges(config)
     if config.keep_identity_layers and not config.init_from:
         raise UserError("keep_identity_layers=True needs a run to take them from: give init_from, too")
     compute_dtype(config.train.dtype)  # refuses an unknown one
-    parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.accumulation_steps)
+    if mode != "evaluate":  # which may have other devices than the training had
+        parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size", config.train.accumulation_steps)
     parallel.check_batch_size(config.evaluate.batch_size, mesh, "evaluate.batch_size")
     sampling.check_fields(config.train)
     losses.check_fields(config.loss, config.model.cosine_scale, config.train.images_per_identity)

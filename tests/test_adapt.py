@@ -1,5 +1,8 @@
 """The adapt command, on a run of a few steps."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -57,6 +60,18 @@ def test_commands_take_the_folder_and_its_features_are_others(adapted, tiny_extr
     config.evaluate.picture = False
     rows = train_and_evaluate(config, folder)
     assert "is finished: 12 steps" in capsys.readouterr().out and rows[-1]["feature"] == "joint"
+
+
+def test_a_run_that_has_not_ended_is_refused(tiny_run, tmp_path, refused_by):
+    """It would train on, by another schedule than its own."""
+    crops, _ = write_crops(tmp_path / "crops", 20)
+    shutil.copytree(tiny_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["train"]["steps"] = 13
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert "at step 12 of 13; train it to its end" in refused_by(
+        adapt, "--workdir", tmp_path / "run", "--images", crops, "--output", tmp_path / "adapted")
+    assert not (tmp_path / "adapted").exists()
 
 
 def test_what_the_user_can_mend(adapted, tiny_run, tmp_path, run_command):

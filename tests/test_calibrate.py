@@ -65,6 +65,29 @@ def test_images_that_are_queries_and_gallery_count_once(workdir, monkeypatch):
     assert seen == [2, 2, 0]
 
 
+def test_cameras_of_joined_data_sets_have_no_names_in_common(workdir, monkeypatch):
+    """Camera 1 of one is not that of the other, by whose statistics a run may have been adapted."""
+    seen, load = [], protocols.load
+    monkeypatch.setattr(protocols, "refuse_trained_on", lambda *_: None)
+
+    class Spy:
+        height, width, batch_size, cameras, fingerprint = 32, 16, 16, ("1", "2"), "0"
+
+        def __call__(self, images, cameras):
+            seen.extend(cameras)
+            return np.random.default_rng(len(seen)).normal(size=(len(images), 8)).astype(np.float32)
+
+    monkeypatch.setattr(calibrate, "load_extractor", lambda workdir: Spy())
+    calibrate.calibrate(workdir)
+    assert {"1", "2"} < set(seen)
+    seen.clear()
+    joined = dataclasses.replace(load("market1501", load_run(workdir).config.data).trial(0),
+                                 offsets={"folder/a": 0, "market1501": 2})
+    monkeypatch.setattr(protocols, "load", lambda name, data: protocols.Protocol(1, lambda number: joined))
+    calibrate.calibrate(workdir)
+    assert set(seen) == {""}
+
+
 def test_rates_are_those_counted_pair_by_pair(monkeypatch):
     monkeypatch.setattr(calibration, "_BLOCK", 37)
     data = random_set()

@@ -272,13 +272,25 @@ def test_means_are_of_trials_evaluated_alike(link, tmp_path, capsys):
     config.data.trials, config.evaluate.flip_average = "1-2", False
     rows = train_and_evaluate(config, tmp_path / "run")
     assert {tuple(row["trials"]) for row in rows if row["trial"] == "mean"} == {(1, 2)}
-    assert "evaluated by another flip_average or multi_query and not in the means: trial-00" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "evaluated by another flip_average or multi_query or extra_gallery and not in the means: trial-00" in told
     config.data.trials = "0"
     rows = train_and_evaluate(config, tmp_path / "run", "evaluate")
     assert {tuple(row["trials"]) for row in rows if row["trial"] == "mean"} == {(0, 1, 2)}
     config.evaluate.reranking = True  # in columns of its own: the means are of those that all have
     assert not any("reranked_rank1" in row for row in train_and_evaluate(config, tmp_path / "run", "evaluate")
                    if row["trial"] == "mean")
+
+
+def test_how_a_trial_was_evaluated_is_not_what_its_config_says_since(link, tmp_path, capsys):
+    config = link("viper", **{"data.trials": "0-1"})
+    train_and_evaluate(config, tmp_path / "run")
+    config.evaluate.flip_average = True
+    train_and_evaluate(config, tmp_path / "run", "train")  # writes the config, and evaluates nothing
+    config.data.trials = "1"
+    rows = train_and_evaluate(config, tmp_path / "run", "evaluate")
+    assert not [row for row in rows if row["trial"] == "mean"]
+    assert "not in the means: trial-00" in capsys.readouterr().out
 
 
 def test_means_are_of_trials_trained_alike(link, tmp_path, capsys):
@@ -441,6 +453,9 @@ def test_a_set_of_test_images_alone_is_evaluated_on_and_not_trained_on(link, tmp
     run = load_run(tmp_path / "run")
     assert (run.step, run.label_map["identities"]) == (0, {"folder/shop": []})
     assert_taken_over(load_run(pretrained), run.variables["params"], run.variables["batch_stats"])
-    config.evaluate.norm_statistics = "camera"
+    config.evaluate.datasets = "viper"
+    rows = train_and_evaluate(config, tmp_path / "run", "evaluate")
+    assert {row["trained_on"] for row in rows if row["dataset"] == "viper"} == {"tiny_imagenet"}
+    config.evaluate.datasets, config.evaluate.norm_statistics = "", "camera"
     with pytest.raises(UserError, match="norm_statistics=camera is of training images, and folder/shop has none"):
         train_and_evaluate(config, tmp_path / "other")

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from configs import finetune
-from jlml_jax import calibrate, load_extractor, pack, unpack
+from jlml_jax import calibrate, load_extractor, pack, result_rows, unpack
 from jlml_jax.calibration import load_verdicts
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets import synthetic_drawing
@@ -115,6 +115,17 @@ def test_results_of_other_steps_stay_behind(tiny_run, tmp_path, capsys):
     pack.pack(tmp_path / "run", tmp_path / "file.zip")
     assert "results.json is left out, as it is of step 4, not 12" in capsys.readouterr().out
     assert "results.json" not in zipfile.ZipFile(tmp_path / "file.zip").namelist()
+
+
+def test_results_by_other_settings_stay_behind(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    settings = result_rows.settings_of(load_run(tiny_run).config.evaluate)
+    for told, kept in ((settings, True), (settings | {"flip_average": True}, False)):
+        results = {"rows": [], "provenance": {"steps": 12, "evaluated_by": told}}
+        (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+        pack.pack(tmp_path / "run", tmp_path / "file.zip")
+        assert ("results.json" in zipfile.ZipFile(tmp_path / "file.zip").namelist()) == kept
+    assert "left out, as it is by another flip_average or" in capsys.readouterr().out
 
 
 def test_a_run_that_has_not_ended_is_refused(tiny_run, tmp_path, refused_by):

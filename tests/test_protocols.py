@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import statistics
 import zlib
 from collections import Counter
@@ -491,6 +492,16 @@ def test_an_incomplete_copy_may_lack_matches(config, tmp_path):
     rows = evaluate.evaluate_trials([trial], features_of, config.evaluate)
     assert_rows(rows, [trial], config)
     assert {(row["num_queries"], row["incomplete"]) for row in rows} == {(11, trial.incomplete)}
+
+    for path in (tmp_path / "source" / "gt_bbox").iterdir():
+        path.unlink()
+    train = next((tmp_path / "source" / "bounding_box_train").glob("*.jpg"))
+    shutil.copy(train, tmp_path / "source" / "gt_bbox")  # of nobody who is searched for
+    config.data.data_dir = str(tmp_path / "no_further_images")
+    prepare.prepare("market1501", tmp_path / "source", config.data.data_dir, incomplete="one of gt_bbox")
+    trial, = trials_of("market1501", config)
+    assert {row["protocol"] for row in evaluate.evaluate_trials([trial], features_of, config.evaluate)} == {
+        "single-query"}
 
     for path in (tmp_path / "source" / "bounding_box_test").glob("*_c[23]*"):
         path.unlink()

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -322,6 +323,23 @@ def test_real_people_are_not_to_be_passed_on(tiny_run, tmp_path, capsys, page):
     assert "may not be passed on" in capsys.readouterr().out
     assert "No thresholds yet" in page_of_benchmark.text
     assert "Do not pass this file on." not in page.text
+
+
+def test_real_people_among_ones_own_are_not_to_be_passed_on_either(shop, tmp_path, capsys):
+    shutil.copytree(shop[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["evaluate"]["extra_gallery"] = "market1501"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    page = Page(report.write_report(tmp_path / "run", queries=1))
+    assert "images of real people in it, from\n    market1501, whose terms" in page.text
+    assert "it has images of market1501 in it" in capsys.readouterr().out
+
+
+def test_a_report_is_made_on_any_number_of_devices(tiny_run, tmp_path, monkeypatch):
+    make_mesh = parallel.make_mesh
+    monkeypatch.setattr(parallel, "make_mesh", lambda devices=None: make_mesh((devices or jax.devices())[:3]))
+    report.write_report(tiny_run, tmp_path / "report.html", queries=1)  # whose batches of 16 they do not divide
+    assert (tmp_path / "report.html").exists()
 
 
 def test_means_over_trials_are_in_the_report_of_a_trial(tmp_path):

@@ -93,6 +93,21 @@ def test_a_table_has_the_columns_that_any_of_its_rows_has(trial):
     assert len(first.split()) == 8 and len(second.split()) == 10
 
 
+def test_trials_evaluated_in_several_ways_have_a_table_for_each():
+    def mean(normalize, trials, **fields):
+        return dict.fromkeys(result_rows.SCORES, 0.5) | dict.fromkeys(map("{}_std".format, result_rows.SCORES), 0.1) | {
+            "dataset": "viper", "protocol": "316/316 single-shot", "trial": "mean", "trials": trials,
+            "feature": "joint", "normalize": normalize, "num_queries": 316, "num_gallery": 316} | fields
+
+    rows = [mean("none", [0, 1, 2]), mean("joint", [3, 4]), mean("joint", [5, 6], norm_statistics="data")]
+    tables = result_rows.format_rows(rows).split("\n\n")
+    assert [("mean of 3 trials" in table, "mean of 2 trials" in table, "normalize=none" in table,
+             "normalize=joint" in table, "BN by" in table) for table in tables] == [
+        (True, False, True, False, False), (False, True, False, True, False), (False, True, False, True, True)]
+    table = result_rows.format_rows([mean("none", [0, 1]), mean("none", [0, 1], feature="local")])
+    assert "normalize" not in table and table.count("mean of 2 trials") == 1
+
+
 def test_one_image_of_each_person_and_every_distractor_are_drawn_from(trial):
     drawn = dataclasses.replace(trial, single_gallery_shot=True)
     row, = evaluate.evaluate_trials([drawn], lambda split: {"global": np.eye(12)[split.identities + 1]},

@@ -168,6 +168,10 @@ def test_images_of_one_person_are_searched_for_by_their_mean(run, crops, tmp_pat
     assert files == names(np.argsort(expected))
     np.testing.assert_allclose(distances, np.sort(expected), atol=1e-4)
     assert "no verdicts: thresholds are measured on pairs of single images" in lines
+    run(f"--gallery={crops}", f"--query={wanted}", "--same_person", f"--index={tmp_path / 'i'}", "--top_k=1",
+        f"--output={tmp_path / 'found.csv'}")
+    row, = csv.DictReader((tmp_path / "found.csv").read_text().splitlines())
+    assert (row["query"], row["query_images"]) == (names([4])[0], "3")
 
 
 def test_bad_queries(run, crops, tmp_path, monkeypatch):
@@ -209,7 +213,7 @@ def test_a_gallery_of_another_model_is_refused_with_both_fingerprints(run, tiny_
     assert len(Gallery(tmp_path / "other")) == 0
 
 
-def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path):
+def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path, monkeypatch):
     query, index, picture = crops / names([4])[0], tmp_path / "i", tmp_path / "found.png"
     arguments = [f"--query={query}", "--top_k=3", f"--picture={picture}"]
     second = found(run(f"--gallery={crops}", f"--index={index}", *arguments))[0][1]
@@ -223,8 +227,11 @@ def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path):
     run(f"--gallery={index}", *arguments)
     gone = np.asarray(Image.open(picture))[8:200, 8 + 2 * 104 + 16:][:, :96]
     assert (gone == 255).mean() > 0.9
-    nowhere = f"--picture={tmp_path / 'nowhere' / 'found.png'}"
-    assert "cannot write" in run(f"--gallery={index}", f"--query={query}", nowhere, status=2)
+    before = picture.read_bytes()
+    monkeypatch.setattr(search_results, "_CROP", (30_000, 192))  # of which a JPEG has no room for four
+    picture.rename(picture.with_suffix(".jpg"))
+    error = run(f"--gallery={index}", *arguments[:2], f"--picture={picture.with_suffix('.jpg')}", status=2)
+    assert "cannot write --picture=" in error and picture.with_suffix(".jpg").read_bytes() == before
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -234,7 +241,8 @@ def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path):
     (["--gallery=CROPS", "--query=QUERY", "--output=CROPS"], "is a folder; give a file"),
     (["--gallery=CROPS", "--query=QUERY", "--top_k=0"], "--top_k=0 must be at least 1"),
     (["--gallery=CROPS", "--index=CROPS"], "has files in it but is no gallery"),
-    (["--gallery=CROPS", "--query=QUERY", "--picture=found.psd"], "cannot write found.psd"),
+    (["--gallery=CROPS", "--query=QUERY", "--picture=found.psd"], "--picture=found.psd has no suffix of a format"),
+    (["--gallery=CROPS", "--query=QUERY", "--picture=nowhere/found.png"], "nowhere is not a folder"),
 ])
 def test_what_the_user_can_mend(run, crops, arguments, message):
     query = str(crops / names([0])[0])

@@ -14,7 +14,7 @@ from fast_compilation import XLA_FLAGS
 from processes import WITHOUT_TENSORFLOW, child_environment, run_program
 from runs import assert_close_trees, assert_same_run, final_state, lines_of
 
-from jlml_jax import train
+from jlml_jax import parallel, train
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
 from jlml_jax.train import train_and_evaluate
@@ -316,6 +316,18 @@ def test_data_that_are_not_prepared_are_named_with_the_command(tiny_config, tmp_
 def test_evaluating_nothing_is_refused(tiny_config, tmp_path):
     with pytest.raises(UserError, match="has no checkpoint to evaluate"):
         train_and_evaluate(tiny_config, tmp_path / "run", "evaluate")
+
+
+def test_a_run_is_evaluated_on_other_devices_than_it_was_trained_on(tiny_run, tmp_path, monkeypatch):
+    """The batches of its training, 8 images, do not divide over them."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    make_mesh = parallel.make_mesh
+    monkeypatch.setattr(parallel, "make_mesh", lambda devices=None: make_mesh((devices or jax.devices())[:3]))
+    config = load_run(tiny_run).config
+    config.evaluate.batch_size, config.evaluate.picture = 15, False
+    assert train_and_evaluate(config, tmp_path / "run", "evaluate")
+    with pytest.raises(UserError, match="train.batch_size=8 does not divide over 3 devices"):
+        train_and_evaluate(config, tmp_path / "run")
 
 
 def test_training_and_evaluation_need_no_tensorflow(tiny_config, tmp_path):

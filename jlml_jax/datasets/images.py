@@ -3,11 +3,13 @@
 import contextlib
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jlml_jax.errors import UserError
+from jlml_jax.files import write_atomically
 
 # Of what is damaged but decodes, and of an image that is up to twice too large, which `open_rgb` refuses.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -70,6 +72,18 @@ def decode_image(encoded: bytes, name: str, height: int | None = None, width: in
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:
     """The image at the network's input size, by an antialiased triangle filter."""
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def save_whole(image: Image.Image, path: Path) -> None:
+    """Writes the file whole or not at all, in the format that its suffix names.
+
+    Raises:
+        KeyError: there is no such format.
+        OSError, ValueError: it has no room for the image, or the file cannot be written.
+    """
+    encoded = io.BytesIO()
+    image.save(encoded, Image.registered_extensions()[path.suffix.lower()])
+    write_atomically(path, encoded.getvalue())
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
