@@ -13,6 +13,9 @@ there are boxes) and features (a list of D float32); root and fingerprint are me
 """
 
 import dataclasses
+import functools
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +23,7 @@ import numpy as np
 
 from jlml_jax import files
 from jlml_jax.errors import UserError
-from jlml_jax.user_images import UserImage
+from jlml_jax.user_images import Box, UserImage
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -39,6 +42,19 @@ class FeaturesFile:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def rows_of(self, images: Sequence[UserImage], digests: Sequence[bytes]) -> np.ndarray:
+        """The rows of these images, int64 [M]; by their files and boxes: the file of features has no `digests`."""
+        wanted = {(os.path.realpath(image.path), image.box) for image in images}
+        return np.array([row for place in wanted for row in self._rows_by_place.get(place, ())], np.int64)
+
+    @functools.cached_property
+    def _rows_by_place(self) -> dict[tuple[str, Box | None], list[int]]:
+        places = {}
+        for row, file in enumerate(self.files.tolist()):
+            box = None if self.boxes is None else tuple(self.boxes[row].tolist())
+            places.setdefault((os.path.join(self.root, file), box), []).append(row)
+        return places
 
     def image(self, row: int) -> UserImage:
         """The image that row `row` is of."""

@@ -128,8 +128,8 @@ def _eligible_rows(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, onl
 
 def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int = 10, cameras: Sequence[str] = (),
            excluded_cameras: Sequence[str] = (), exclude_own_camera: bool = False, query_camera: str | None = None,
-           same_person: bool = False, output: str | None = None, picture: str | None = None, index: str | None = None,
-           keep_going: bool = False) -> None:
+           exclude_query_images: bool = False, same_person: bool = False, output: str | None = None,
+           picture: str | None = None, index: str | None = None, keep_going: bool = False) -> None:
     """Prints the `top_k` images of `gallery` that are nearest to each image of `query`; None: adds images only.
 
     With `same_person`, all images of `query` are of one person: it is their mean feature that is searched for, as in
@@ -163,21 +163,23 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
     neighbours, found = NearestNeighbours(opened.features), []
     for one in tqdm(queries, "searching", unit=" queries", leave=False, disable=None if len(queries) > 1 else True):
         own = frozenset(image.camera for image in one.images) if exclude_own_camera else frozenset()
-        nearest, distances = neighbours.search(one.feature, top_k, eligible(own))
-        found.append(Found(one, [opened.image(row) for row in nearest], distances,
-                            [verdicts.of(distance) if verdicts else "" for distance in distances]))
+        left_out = opened.rows_of(one.images, one.digests) if exclude_query_images else np.empty(0, int)
+        nearest, distances = neighbours.search(one.feature, top_k + len(left_out), eligible(own))
+        kept = np.flatnonzero(~np.isin(nearest, left_out))[:top_k]
+        found.append(Found(one, [opened.image(row) for row in nearest[kept]], distances[kept],
+                           [verdicts.of(distance) if verdicts else "" for distance in distances[kept]]))
     without = [str(one.query) for one in found if not one.images]
     if len(without) == len(found):
         filtered = cameras or excluded_cameras or exclude_own_camera
-        raise UserError(f"{gallery} has no images to search" + (" of these cameras" if filtered else ""))
+        raise UserError(f"{gallery} has no images to search" + (
+            " of these cameras" if filtered else " beside the query images" if exclude_query_images else ""))
     if output is not None:
         search_results.write(user_path(output), found)
     else:
         for one in found:
             search_results.show(one, bool(verdicts), headed=len(found) > 1)
     if without:
-        print(f"nothing to search for {len(without):,} queries, all of the gallery being of their cameras: "
-              + first_few(without))
+        print(f"nothing is left to search for {len(without):,} queries: {first_few(without)}")
     if not verdicts:
         print(f"no verdicts: {verdicts.why_none}")
     if picture is not None:
@@ -202,10 +204,12 @@ def _embed_queries(images: Sequence[UserImage], extractor: Extractor, same_perso
                    ) -> list[Query]:
     queries = []
     for read, _, features in embed(images, extractor, keep_going=keep_going):
-        queries += [Query([loaded.image], feature) for loaded, feature in zip(read, features, strict=True)]
+        queries += [Query([loaded.image], [loaded.digest], feature)
+                    for loaded, feature in zip(read, features, strict=True)]
     if same_person:
         mean = np.mean([query.feature for query in queries], axis=0, dtype=np.float64)
-        queries = [Query([query.images[0] for query in queries], mean.astype(np.float32))]
+        queries = [Query([query.images[0] for query in queries], [query.digests[0] for query in queries],
+                         mean.astype(np.float32))]
     return queries
 
 
@@ -230,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="the camera of the query (default: what a CSV or a name like Market-1501's tells)")
     parser.add_argument("--exclude_own_camera", action="store_true", help="leave out the camera of the query")
     parser.add_argument("--output", metavar="FILE", help="write what was found to this CSV, rather than print it")
+    parser.add_argument("--exclude_query_images", action="store_true",
+                        help="leave out the query's own image, where the gallery has it, too")
     parser.add_argument("--picture", metavar="FILE", help="draw the query and what was found, such as found.png")
     parser.add_argument("--index", metavar="DIR", help="the gallery folder to keep the images in (default: one in RUN)")
     parser.add_argument("--keep_going", action="store_true", help="list bad images and leave them out")
@@ -237,8 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_status(lambda: search(
         options.workdir, options.gallery, options.query, top_k=options.top_k, cameras=options.camera,
         excluded_cameras=options.exclude_camera, exclude_own_camera=options.exclude_own_camera,
-        query_camera=options.query_camera, same_person=options.same_person, output=options.output,
-        picture=options.picture, index=options.index, keep_going=options.keep_going))
+        query_camera=options.query_camera, exclude_query_images=options.exclude_query_images,
+        same_person=options.same_person, output=options.output, picture=options.picture, index=options.index,
+        keep_going=options.keep_going))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Query:
     """What to search for."""
 
     images: list[UserImage]  # one; or several of one person
+    digests: list[bytes]  # theirs, as `LoadedImage` has them
     feature: np.ndarray  # float32 [D], of the one or the mean of theirs
 
     def __str__(self) -> str:

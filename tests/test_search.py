@@ -152,9 +152,25 @@ def test_the_own_camera_is_each_query_s_own(run, crops, tmp_path):
     assert sorted(files[8:]) == names([i for i in range(12) if i % 3 != 0])
     lines = run(*arguments, "--camera=2")
     assert sorted(found(lines)[0]) == names([1, 4, 7, 10])
-    assert f"nothing to search for 1 queries, all of the gallery being of their cameras: {names([4])[0]}" in lines
+    assert f"nothing is left to search for 1 queries: {names([4])[0]}" in lines
     # Of one person: no camera of theirs.
     assert sorted(found(run(*arguments, "--same_person"))[0]) == names([2, 5, 8, 11])
+
+
+def test_the_query_itself_can_be_left_out(run, tiny_run, crops, tmp_path):
+    arguments = [f"--query={crops}", "--top_k=2", "--exclude_query_images"]
+    lines = run(f"--gallery={crops}", f"--index={tmp_path / 'i'}", *arguments)
+    files, distances = found(lines)
+    assert len(files) == 24 and min(distances) > 0
+    assert not [number for number, file in enumerate(files) if file == names([number // 2])[0]]
+    assert extract.main([f"--workdir={tiny_run}", f"--images={crops}", f"--output={tmp_path / 'f.npz'}"]) == 0
+    assert found(run(f"--gallery={tmp_path / 'f.npz'}", *arguments))[0] == files
+    shutil.copy(crops / names([4])[0], tmp_path / "copy.png")  # the same image by another name
+    files, distances = found(run(f"--gallery={crops}", f"--index={tmp_path / 'i'}", f"--query={tmp_path / 'copy.png'}",
+                                 "--top_k=20", "--exclude_query_images"))
+    assert len(files) == 11 and min(distances) > 0
+    error = run(f"--gallery={tmp_path / 'f.npz'}", *arguments, "--same_person", status=2)
+    assert "has no images to search beside the query images" in error
 
 
 def test_images_of_one_person_are_searched_for_by_their_mean(run, crops, tmp_path, tiny_extractor):
