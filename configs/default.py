@@ -14,6 +14,9 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.name = "synthetic_pedestrians"  # several joined by +: trained on together, without a test
+    # Of sets joined by +: all: everybody, test people too (the paper's pre-training); train: each set's own training
+    # people, so that evaluate.datasets can name the sets.
+    data.joined_splits = "all"
     data.data_dir = ""  # where the TFDS data lie; empty: TFDS's default, ~/tensorflow_datasets
     data.trials = "0"  # of the protocol's, where it has several: 3, 0-4 or all
     data.cuhk03_protocol = "single-shot"  # single-shot: 20 trials; 767/700: the split that has that name

@@ -20,6 +20,7 @@ from jlml_jax.checkpoints import CONFIG, latest_step, read_results, with_default
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.files import write_atomically
 from jlml_jax.logs import read_metrics
+from jlml_jax.protocols import joined_name
 from jlml_jax.result_rows import (
     ACCURACIES,
     RERANKED,
@@ -35,11 +36,11 @@ FOLDER = Path(__file__).parent / "results" / "accuracy"
 PAGE = FOLDER.with_suffix(".md")
 
 # Fields that no recipe consists of: who runs it, where, how its progress is told, and what has a column of its own.
-_NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.data_dir", "data.trials", "data.loader", "log_every",
-               "checkpoint_every", "keep_checkpoints", "profile", "compilation_cache", "evaluate.datasets",
-               "evaluate.picture", "evaluate.baselines", "evaluate.batch_size", "evaluate.reranking",
-               "evaluate.multi_query", "evaluate.extra_gallery", "data.held_out_identities", "data.height",
-               "data.width", "train.steps", "train.batch_size")
+_NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.joined_splits", "data.data_dir", "data.trials",
+               "data.loader", "log_every", "checkpoint_every", "keep_checkpoints", "profile", "compilation_cache",
+               "evaluate.datasets", "evaluate.picture", "evaluate.baselines", "evaluate.batch_size",
+               "evaluate.reranking", "evaluate.multi_query", "evaluate.extra_gallery", "data.held_out_identities",
+               "data.height", "data.width", "train.steps", "train.batch_size")
 _SHOWN = (*(score for score in SCORES if score != "mean_inp"), f"{RERANKED}rank1", f"{RERANKED}mean_ap",
           *ACCURACIES)
 
@@ -63,7 +64,8 @@ def make_record(folder: Path) -> dict[str, Any]:
         "run": folder.name,
         "state": "finished" if finished else f"stopped: {sum(done >= total for done in steps)} of {len(parts)} trials "
                  f"finished, the others at step {min(steps)} of {total}",
-        "dataset": fields["data.name"], "seed": fields["seed"], "init_from": Path(fields["init_from"]).name,
+        "dataset": joined_name(fields["data.name"], fields["data.joined_splits"]), "seed": fields["seed"],
+        "init_from": Path(fields["init_from"]).name,
         "held_out_identities": fields["data.held_out_identities"],
         "recipe": {name: value for name, value in fields.items()
                    if name not in _NOT_RECIPE and value != defaults.get(name)},

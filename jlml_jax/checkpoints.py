@@ -86,7 +86,7 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
                 free = [*FREE_FIELDS]
                 if label_map is None:  # the folder of several trials may be asked for others of them
                     free.append("data.trials")
-                if not config.data.name.startswith("cuhk03/"):  # for evaluate.datasets alone
+                if "cuhk03/" not in config.data.name:  # for evaluate.datasets alone
                     free.append("data.cuhk03_")
                 _refuse_difference(workdir, _read_json(config_path), json.loads(config.to_json()), tuple(free))
                 # Its fingerprint says who was trained on, and how they are numbered.

@@ -16,6 +16,7 @@ from jlml_jax.errors import UserError, first_few, printable
 
 VIPER_TRIALS = 10
 _OTHER_CAMERA = -1  # of extra distractors: none of the tested data set's
+JOINED_SPLITS = ("all", "train")
 CUHK03_PROTOCOLS = ("single-shot", "767/700")
 CUHK03_TRAIN_IDENTITIES = (1_367, 1_260)  # Table 2; the text, which leaves out the last two camera pairs
 
@@ -28,7 +29,7 @@ class Trial:
     set, and ImageNet has `validation` in place of query and gallery.
     """
 
-    dataset: str  # as in datasets.NAMES, or several joined by +
+    dataset: str  # as in datasets.NAMES, or as `joined_name` has it
     protocol: str  # as results.json has it
     number: int = 0
     train: Split | None = None
@@ -107,9 +108,9 @@ class Protocol:
 def load(name: str, data: ml_collections.ConfigDict) -> Protocol:
     """The protocol of data set `name`, with the choices that `data`, a `config.data`, makes.
 
-    Several names joined by `+` are trained on as a whole, all their identities together, with no test (the paper's
-    pre-training on CUHK03 and Market-1501). With `data.held_out_identities`, so many training identities take the place
-    of the test.
+    Several names joined by `+` are trained on together, with no test: by `data.joined_splits` as a whole, all their
+    identities (the paper's pre-training on CUHK03 and Market-1501), or each set's training identities, so that each can
+    be tested on. With `data.held_out_identities`, so many training identities take the place of the test.
 
     Raises:
         UserError: the data set is unknown or not prepared, or does not hold what the protocol needs.
@@ -285,28 +286,50 @@ def _imagenet(name: str, data: ml_collections.ConfigDict) -> Protocol:
     return Protocol(1, lambda number: Trial(name, "classification", number, **splits, incomplete=incomplete))
 
 
+def joined_name(name: str, joined_splits: str) -> str:
+    """What results call the training set of `data.name` and `data.joined_splits`: all people of joined sets, or not."""
+    return f"{name} (train)" if "+" in name and joined_splits == "train" else name
+
+
 def _union(name: str, data: ml_collections.ConfigDict) -> Protocol:
-    """All people of several data sets, without distractors and junk, in one training set."""
+    """People of several data sets, without distractors and junk, in one training set."""
+    if data.joined_splits not in JOINED_SPLITS:
+        raise UserError(f"data.joined_splits={data.joined_splits!r} is unknown; known are {', '.join(JOINED_SPLITS)}")
     names = name.split("+")
     repeated = [one for one, number in Counter(map(namespace, filter(None, names))).items() if number > 1]
     if repeated:
         raise UserError(f"data.name={name!r} has the people of {first_few(repeated)} more than once")
-    wholes, offsets, end, incomplete, people = [], {}, 0, [], {}
+    parts, offsets, end, incomplete, people = [], {}, 0, [], {}
     for one in names:
-        splits = datasets.load(one, _PEOPLE_SPLITS.get(namespace(one), ("train", "query", "gallery")), data.data_dir)
-        whole = _join(splits.values())
-        whole = whole.select(np.flatnonzero(whole.identities > DISTRACTOR))
-        if not len(whole):
+        part = _everybody(one, data) if data.joined_splits == "all" else _training_people(one, data)
+        if not part:
             raise UserError(f"data.name={name!r}: {one} has no people to train on; leave it out")
         offsets[one] = end
         people |= _names(one, data)
-        wholes.append(dataclasses.replace(whole, identities=whole.identities + end))
-        end = int(wholes[-1].identities.max())
+        parts.append(dataclasses.replace(part, identities=part.identities + end))
+        end = int(parts[-1].identities.max())
         if missing := _incomplete(one, data):
             incomplete.append(f"{one}: {missing}")
-    train = dataclasses.replace(_join(wholes), dataset=name)
-    trial = Trial(name, "all identities", train=train, offsets=offsets, incomplete="; ".join(incomplete), names=people)
+    name = joined_name(name, data.joined_splits)
+    trial = Trial(name, "all identities" if data.joined_splits == "all" else "training identities",
+                  train=dataclasses.replace(_join(parts), dataset=name), offsets=offsets,
+                  incomplete="; ".join(incomplete), names=people)
     return Protocol(1, lambda number: trial)
+
+
+def _everybody(name: str, data: ml_collections.ConfigDict) -> Split:
+    splits = datasets.load(name, _PEOPLE_SPLITS.get(namespace(name), ("train", "query", "gallery")), data.data_dir)
+    whole = _join(splits.values())
+    return whole.select(np.flatnonzero(whole.identities > DISTRACTOR))
+
+
+def _training_people(name: str, data: ml_collections.ConfigDict) -> Split | None:
+    protocol = _published(name, data)
+    if protocol.num_trials > 1:  # whoever is trained on in one is tested in another
+        instead = "give data.cuhk03_protocol=767/700, or " if namespace(name) == "cuhk03" else ""
+        raise UserError(f"data.joined_splits=train: {name} has {protocol.num_trials} trials, each with other training "
+                        f"people; {instead}leave it out of data.name")
+    return protocol.trial(0).train
 
 
 _PROTOCOLS = {"cuhk03": _cuhk03, "grid": _grid, "imagenet2012": _imagenet, "tiny_imagenet": _imagenet,
@@ -366,10 +389,11 @@ def refuse_trained_on(trial: Trial, trained: dict[str, Any] | None) -> None:
         if both:
             dataset, identity = both[0]
             whom = printable(str(identity)) + (f" of {dataset}" if trial.offsets else "")
+            alone = ", such as one by data.joined_splits=train" if "+" in trained["dataset"] else ""
             raise UserError(
                 f"{len(both)} of the {number} test identities of {trial.dataset}, trial {trial.number} (such as "
-                f"{whom}), were trained on with {trained['dataset']}: "
-                "the result would mean nothing; evaluate on other people, or start from a run that has not seen these")
+                f"{whom}), were trained on with {trained['dataset']}: the result would mean nothing; evaluate on other "
+                f"people, or take a run that has not seen these{alone}")
         trained = trained["init_from"]
 
 

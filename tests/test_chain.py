@@ -11,8 +11,9 @@ from miniatures import write_cuhk03, write_grid, write_viper
 from runs import lines_of
 from tiny_imagenet_miniature import write_tiny_imagenet
 
+from experiments import accuracy
 from experiments.tables import figures, plan
-from jlml_jax import datasets, models, optim, parallel, protocols, report, train_step
+from jlml_jax import calibrate, datasets, models, optim, parallel, protocols, report, train_step
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import Grid
@@ -407,6 +408,41 @@ def test_a_run_is_evaluated_by_the_statistics_of_each_tested_camera(link, tmp_pa
     config.evaluate.norm_statistics = "cameras"
     with pytest.raises(UserError, match="norm_statistics='cameras' is unknown; known are run, data, camera"):
         train_and_evaluate(config, tmp_path / "run", "evaluate")
+
+
+def test_a_run_on_the_training_people_of_several_sets_is_tested_on_each(link, tmp_path, run_command):
+    """In the command that trains, by --mode=evaluate and by calibrate; what is told of it says who was trained on."""
+    name = "market1501+cuhk03/labeled"
+    config = link(name, **{"data.joined_splits": "train", "data.cuhk03_protocol": "767/700",
+                           "evaluate.datasets": "market1501,cuhk03/labeled"})
+    rows = train_and_evaluate(config, tmp_path / "run")
+    assert {(row["dataset"], row["protocol"]) for row in rows} == {
+        ("market1501", "single-query"), ("market1501", "multi-query"), ("cuhk03/labeled", "767/700")}
+    assert {row["trained_on"] for row in rows} == {f"{name} (train)"}
+    assert train_and_evaluate(config, tmp_path / "run", "evaluate") == rows
+    label_map = load_run(tmp_path / "run").label_map
+    assert label_map["dataset"] == f"{name} (train)"
+    assert {one: len(people) for one, people in label_map["identities"].items()} == {"market1501": 4,
+                                                                                     "cuhk03/labeled": 60}
+    record = accuracy.make_record(tmp_path / "run")
+    assert record["dataset"] == f"{name} (train)" and "data.joined_splits" not in record["recipe"]
+    assert run_command(calibrate, "--workdir", tmp_path / "run", "--dataset", "market1501")[0] == 0
+
+    with pytest.raises(UserError, match="run with another config: data.cuhk03_protocol .*, data.joined_splits"):
+        train_and_evaluate(link(name), tmp_path / "run")
+    config.data.joined_splits = "all"
+    with pytest.raises(UserError, match="test identities of market1501, trial 0 .* were trained on with market1501.c"):
+        train_and_evaluate(config, tmp_path / "all")
+
+
+def test_people_held_out_of_the_training_people_of_several_sets_leave_their_tests_alone(link, tmp_path):
+    name = "market1501+cuhk03/labeled"
+    rows = train_and_evaluate(link(name, **{
+        "data.joined_splits": "train", "data.cuhk03_protocol": "767/700", "data.held_out_identities": 3,
+        "evaluate.datasets": "market1501"}), tmp_path / "run")
+    assert {(row["dataset"], row["protocol"], row.get("trained_on")) for row in rows} == {
+        (f"{name} (train)", "3 training identities held out", None),
+        ("market1501", "single-query", f"{name} (train)"), ("market1501", "multi-query", f"{name} (train)")}
 
 
 @pytest.mark.parametrize(("tested", "message"), [

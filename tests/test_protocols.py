@@ -291,6 +291,29 @@ def test_a_union_of_sets_in_two_views(config):
     assert Counter(trial.labels().tolist()) == dict.fromkeys(range(11), 2)
 
 
+def test_a_union_may_have_the_training_people_alone(prepared, config):
+    """Each set can then be tested on, where a union of everybody cannot."""
+    config.data.joined_splits, config.data.cuhk03_protocol = "train", "767/700"
+    parts = ["folder/train_only", "cuhk03/labeled", "market1501"]
+    trial, = trials_of("+".join(parts), config)
+    alone = [trials_of(part, config)[0] for part in parts]
+    assert names(trial.train) == set().union(*(names(one.train) for one in alone))
+    assert len(trial.train) == sum(len(one.train) for one in alone)
+    assert trial.people() == alone[0].people() | alone[1].people() | alone[2].people()
+    assert sorted(set(trial.labels().tolist())) == list(range(sum(len(one.identities()) for one in alone)))
+    assert trial.query is trial.gallery is trial.multi_query is None
+    assert (trial.dataset, trial.protocol) == ("folder/train_only+cuhk03/labeled+market1501 (train)",
+                                               "training identities")
+    trained = json.loads(json.dumps(protocols.label_map(trial, None)))
+    for one in alone:
+        protocols.refuse_trained_on(one, trained)
+    config.data.joined_splits = "all"
+    everybody, = trials_of("+".join(parts), config)
+    for one in alone[1:]:
+        with pytest.raises(UserError, match="market1501: the result .*, such as one by data.joined_splits=train"):
+            protocols.refuse_trained_on(one, protocols.label_map(everybody, None))
+
+
 def test_identity_layers_are_those_of_the_same_people_in_the_same_order(config):
     one, same, other = (protocols.label_map(trials_of(name, config)[0], None)
                         for name in ("viper+grid", "viper+grid", "grid+viper"))
@@ -356,6 +379,20 @@ def test_a_missing_list_of_cuhk03_is_named(config):
                                             ("viper+grid+viper", "viper")])
 def test_a_union_with_the_same_people_twice_is_refused(config, name, repeated):
     refusal(name, config, f"data.name='{name}' has the people of {repeated} more than once")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("market1501+viper", "joined_splits=train: viper has 10 trials, each with other training people; leave it out of"),
+    ("grid+market1501", "joined_splits=train: grid has 10 trials"),
+    ("market1501+cuhk03/labeled", "20 trials, each with other training people; give data.cuhk03_protocol=767/700, or"),
+    ("market1501+folder/test_only", "folder/test_only has no people to train on; leave it out"),
+    ("+market1501", "unknown data set ''"),
+])
+def test_sets_without_training_people_of_their_own_are_not_joined_by_them(config, name, message):
+    config.data.joined_splits = "train"
+    refusal(name, config, message)
+    config.data.joined_splits = "test"
+    refusal(name, config, "data.joined_splits='test' is unknown; known are all, train")
 
 
 @pytest.mark.parametrize("name", ["+", "+viper"])

@@ -21,6 +21,7 @@ from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
 from jlml_jax.models import build_model, init_variables, is_identity_layer
+from jlml_jax.protocols import joined_name
 from jlml_jax.train import train_and_evaluate
 
 DATASET = "market1501"
@@ -367,7 +368,8 @@ def write_run(run, scores, normalize="none"):
     for trial, rank1 in scores.items():
         folder = run.folder / f"trial-{trial:02d}" if len(scores) > 1 else run.folder
         (folder / "checkpoints" / str(run.config.train.steps)).mkdir(parents=True)
-        row = {"dataset": run.config.data.name, "protocol": "single-query", "trial": trial, "feature": "joint",
+        row = {"dataset": joined_name(run.config.data.name, run.config.data.joined_splits),
+               "protocol": "single-query", "trial": trial, "feature": "joint",
                "normalize": normalize} | dict.fromkeys(result_rows.SCORES, rank1)
         rows = [row, row | {"feature": "chance", "rank1": 0.0}, row | {"trained_on": "grid", "rank1": 0.0}]
         (folder / "results.json").write_text(json.dumps({"rows": rows, "provenance": {}}))
@@ -524,6 +526,15 @@ def test_people_held_out_are_not_set_beside_the_papers_test(tmp_path):
     column = report.published.columns[0]
     assert report._texts("JLML", 85.1, column) == ["85.1", "50.0"] and report.heading(column) == "R1"
     assert [report.published.columns[k].protocol for k in report.columns] == ["single-query"] * 2
+
+
+def test_people_held_out_of_joined_sets_are_those_of_the_table(tmp_path):
+    config = market1501.get_config()
+    config.data.name, config.data.joined_splits = "folder/a+folder/b", "train"
+    run = plan.Run("jlml", 0, tmp_path / "run", config)
+    write_run(run, {0: 0.5})
+    assert [(row["dataset"], row["feature"]) for row in run.results()] == [
+        ("folder/a+folder/b (train)", "joint"), ("folder/a+folder/b (train)", "chance")]
 
 
 # --- Table 13

@@ -21,6 +21,7 @@ from jlml_jax.checkpoints import CONFIG, FREE_FIELDS, RESULTS, latest_step, read
 from jlml_jax.errors import UserError, first_few
 from jlml_jax.evaluate import NORMALIZE
 from jlml_jax.logs import read_metrics
+from jlml_jax.protocols import joined_name
 
 _STRIPS, _PENALTIES = (1, 2, 4, 8), (5e-6, 5e-5, 5e-4, 5e-3)
 _SIZES = ((64, 32), (96, 48), (128, 64), (160, 64), (256, 128), (224, 224))
@@ -211,7 +212,8 @@ class Run:
     def results(self) -> list[dict[str, Any]]:
         """The rows of results.json, trial by trial, that are of the table's data set, ranked as its config says."""
         rows = [row for folder in self.trials() for row in read_results(folder)["rows"]]
-        return [row for row in rows if row["dataset"] == self.config.data.name and "trained_on" not in row
+        dataset = joined_name(self.config.data.name, self.config.data.joined_splits)
+        return [row for row in rows if row["dataset"] == dataset and "trained_on" not in row
                 and row.get("normalize") == self.config.evaluate.normalize]
 
     def provenance(self) -> dict[str, Any]:
