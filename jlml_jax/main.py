@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 import configs
 from jlml_jax import parallel
+from jlml_jax.config_fields import refuse_unknown_field
 from jlml_jax.errors import UserError
 from jlml_jax.train import MODES, train_and_evaluate
 
@@ -53,6 +54,8 @@ def _command() -> None:
         config.to_json()  # which a run's folder needs: a tuple may hold anything that Python writes, such as 1j
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError,
             RecursionError) as error:  # RecursionError: absl looks for a flag like one of thousands of letters
+        if isinstance(error, LookupError | AttributeError):
+            refuse_unknown_field(arguments)
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}; see --help")

@@ -21,7 +21,9 @@ def run_main(*arguments, folder):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--config.train.stps=3"], 'Did you mean "steps" instead of "stps"?'),
+    (["--config.train.stps=3"], "there is no config field train.stps; near it: train.steps, train."),
+    ([f"--config={ROOT / 'configs' / 'modern.py'}", "--config.loss.margin=0.1", "--config.optim.weight", "3"],
+     "there is no config field optim.weight; near it: optim.weight_decay"),
     (["--config.data.width[0]=3"], "does not support integer indexing"),
     (["--config.data.mean=(1j,)"], "complex"),
     (["--config.train.steps=many"], "invalid literal for int() with base 10: 'many'"),

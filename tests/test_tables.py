@@ -146,7 +146,7 @@ def test_every_table_is_whole():
     (["--table=9", "--dataset=viper", "--seeds=0,a"], "--seeds=0,a"),
     (["--table=9", "--dataset=viper", "--seeds="], "--seeds="),
     (["--table=9", "--dataset=viper", "--seeds=1,1"], "names a seed twice"),
-    (["--table=9", "--dataset=viper", "--config.train.stps=1"], 'Did you mean "steps"'),
+    (["--table=9", "--dataset=viper", "--config.train.stps=1"], "near it: train.steps"),
     (["--table=9", "--dataset=viper", "--config.seed=1"], "use --seeds"),
     (["--table=9", "--dataset=viper", "--config.data.name=grid"], "use --dataset"),
     (["--table=10", "--dataset=viper", "--config.model.loss=uni"], "model.loss='uni' is for all rows"),

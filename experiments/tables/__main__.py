@@ -34,6 +34,7 @@ from experiments.tables.plan import ROWS, TABLES, Run, check_config, find_table,
 from experiments.tables.report import Report, outcomes
 from jlml_jax import parallel
 from jlml_jax.checkpoints import RESULTS
+from jlml_jax.config_fields import refuse_unknown_field
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.files import user_path, write_atomically
 from jlml_jax.new_run import new_folder
@@ -82,6 +83,8 @@ def _command(argv: list[str]) -> None:
         table = find_table(options.table, options.dataset)
         config = _parse_config(rest, options.dataset)
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError) as error:
+        if isinstance(error, LookupError | AttributeError):
+            refuse_unknown_field(argv)
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
     check_config(table, config)
     parallel.keep_memory()

@@ -1,0 +1,31 @@
+"""Unknown fields on the command line, and what is known near them."""
+
+import pytest
+
+from jlml_jax.config_fields import refuse_unknown_field
+from jlml_jax.errors import UserError
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--config.optim.learning_rat=1"], "there is no config field optim.learning_rat; near it: optim.learning_rate"),
+    (["--config=x.py", "--config.train.steps=3", "-config.trian.steps", "3"], "trian.steps; near it: train.steps, "),
+    (["--noconfig.augment.flop"], "augment.flop; near it: augment.flip, "),
+    (["--config.train.steps.most=3"], "train.steps.most; near it: train.steps, "),
+    (["--config.zzz.zzz=1"], "there is no config field zzz.zzz; configs/default.py has every field"),
+    (["--config.\udcff\n=1"], r"there is no config field '\udcff\n'; configs/default.py has every field"),
+])
+def test_an_unknown_field_is_told_with_those_near_it(arguments, message):
+    with pytest.raises(UserError) as error:
+        refuse_unknown_field(arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_field_of_thousands_of_letters_is_told_shortly():
+    with pytest.raises(UserError) as error:
+        refuse_unknown_field(["--config." + "x" * 100_000])
+    assert len(str(error.value)) < 200
+
+
+def test_known_fields_and_other_flags_are_not_refused():
+    refuse_unknown_field(["--config=configs/viper.py", "--config.train.steps=3", "--config.data.mean[0]=1",
+                          "--config.data", "--noconfig.augment.flip", "--workdir=config.x", "config.x"])
