@@ -17,6 +17,7 @@ from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extract
 from jlml_jax.features_file import FeaturesFile
 from jlml_jax.files import check_output, user_path
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
+from jlml_jax.reranking import Reranking
 from jlml_jax.search_results import Found, Query
 from jlml_jax.user_images import LoadedImage, UserImage, list_images
 
@@ -37,6 +38,8 @@ examples:
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=all_days --query=missing --output=found.csv
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=all_days --query='ann/*.jpg' --same_person
 """
+RERANKED = 200  # of a query's nearest images, whose order re-ranking changes; the time grows with their square
+
 
 def update_gallery(folder: Path, images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool = False
                    ) -> tuple[Gallery, np.ndarray]:
@@ -126,16 +129,18 @@ def _eligible_rows(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, onl
     return eligible
 
 
-def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int = 10, cameras: Sequence[str] = (),
-           excluded_cameras: Sequence[str] = (), exclude_own_camera: bool = False, query_camera: str | None = None,
-           exclude_query_images: bool = False, same_person: bool = False, output: str | None = None,
-           picture: str | None = None, index: str | None = None, keep_going: bool = False) -> None:
+def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, camera: Sequence[str] = (),
+           exclude_camera: Sequence[str] = (), exclude_own_camera: bool = False, query_camera: str | None = None,
+           exclude_query_images: bool = False, same_person: bool = False, rerank: bool = False,
+           output: str | None = None, picture: str | None = None, index: str | None = None, keep_going: bool = False
+           ) -> None:
     """Prints the `top_k` images of `gallery` that are nearest to each image of `query`; None: adds images only.
 
     With `same_person`, all images of `query` are of one person: it is their mean feature that is searched for, as in
-    Market-1501's multi-query protocol.
+    Market-1501's multi-query protocol. With `rerank`, the `RERANKED` nearest images of each query are ordered by
+    k-reciprocal re-ranking among them; distances and verdicts stay the plain ones. The rest is as --help has it.
     """
-    workdir = user_path(workdir)
+    folder = user_path(workdir)
     if top_k < 1:
         raise UserError(f"--top_k={top_k} must be at least 1")
     given = {"--same_person": same_person, "--output": output, "--picture": picture}
@@ -145,8 +150,8 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
         check_output(user_path(output))
     if picture is not None:
         search_results.check_picture(user_path(picture))
-    extractor = load_extractor(workdir)
-    verdicts = calibration.load_verdicts(workdir, extractor)
+    extractor = load_extractor(folder)
+    verdicts = calibration.load_verdicts(folder, extractor)
     queries = []
     if query is not None:  # first of all: adding may take long
         images = _query_images(query, query_camera, exclude_own_camera)
@@ -154,23 +159,27 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
             raise UserError(f"--picture shows {search_results.MAX_DRAWN} queries at most, not {len(images):,}; give "
                             "--output=FILE.csv, or fewer")
         queries = _embed_queries(images, extractor, same_person, keep_going)
-    opened, rows = _open(gallery, index, workdir, extractor, keep_going)
+    opened, rows = _open(gallery, index, folder, extractor, keep_going)
     if not queries:
         return
-    eligible = _eligible_rows(opened, rows, cameras, excluded_cameras)
+    eligible = _eligible_rows(opened, rows, camera, exclude_camera)
     if len(queries[0].images) > 1:
         verdicts = calibration.Verdicts((), "thresholds are measured on pairs of single images")
     neighbours, found = NearestNeighbours(opened.features), []
     for one in tqdm(queries, "searching", unit=" queries", leave=False, disable=None if len(queries) > 1 else True):
         own = frozenset(image.camera for image in one.images) if exclude_own_camera else frozenset()
         left_out = opened.rows_of(one.images, one.digests) if exclude_query_images else np.empty(0, int)
-        nearest, distances = neighbours.search(one.feature, top_k + len(left_out), eligible(own))
-        kept = np.flatnonzero(~np.isin(nearest, left_out))[:top_k]
+        wanted = max(top_k, RERANKED) if rerank else top_k
+        nearest, distances = neighbours.search(one.feature, wanted + len(left_out), eligible(own))
+        kept = np.flatnonzero(~np.isin(nearest, left_out))[:wanted]
+        if rerank:
+            kept = kept[_reranked_order(one.feature, opened.features[nearest[kept]])]
+        kept = kept[:top_k]
         found.append(Found(one, [opened.image(row) for row in nearest[kept]], distances[kept],
                            [verdicts.of(distance) if verdicts else "" for distance in distances[kept]]))
     without = [str(one.query) for one in found if not one.images]
     if len(without) == len(found):
-        filtered = cameras or excluded_cameras or exclude_own_camera
+        filtered = camera or exclude_camera or exclude_own_camera
         raise UserError(f"{gallery} has no images to search" + (
             " of these cameras" if filtered else " beside the query images" if exclude_query_images else ""))
     if output is not None:
@@ -184,6 +193,14 @@ def search(workdir: str | Path, gallery: str, query: str | None, *, top_k: int =
         print(f"no verdicts: {verdicts.why_none}")
     if picture is not None:
         search_results.draw(user_path(picture), found)
+
+
+def _reranked_order(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """The gallery's rows [N, D] by their re-ranked distance from the query [D], int [N]."""
+    if not len(gallery):
+        return np.empty(0, int)
+    distances = Reranking(query[None], gallery).distances(np.arange(1), np.arange(len(gallery)))
+    return np.argsort(distances[0], kind="stable")
 
 
 def _query_images(source: str, camera: str | None, camera_needed: bool) -> list[UserImage]:
@@ -234,18 +251,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="the camera of the query (default: what a CSV or a name like Market-1501's tells)")
     parser.add_argument("--exclude_own_camera", action="store_true", help="leave out the camera of the query")
     parser.add_argument("--output", metavar="FILE", help="write what was found to this CSV, rather than print it")
+    parser.add_argument("--rerank", action="store_true",
+                        help=f"order the {RERANKED} nearest images by k-reciprocal re-ranking; for galleries with "
+                             "several images of a person")
     parser.add_argument("--exclude_query_images", action="store_true",
                         help="leave out the query's own image, where the gallery has it, too")
     parser.add_argument("--picture", metavar="FILE", help="draw the query and what was found, such as found.png")
     parser.add_argument("--index", metavar="DIR", help="the gallery folder to keep the images in (default: one in RUN)")
     parser.add_argument("--keep_going", action="store_true", help="list bad images and leave them out")
     options = parser.parse_args(arguments)
-    return exit_status(lambda: search(
-        options.workdir, options.gallery, options.query, top_k=options.top_k, cameras=options.camera,
-        excluded_cameras=options.exclude_camera, exclude_own_camera=options.exclude_own_camera,
-        query_camera=options.query_camera, exclude_query_images=options.exclude_query_images,
-        same_person=options.same_person, output=options.output, picture=options.picture, index=options.index,
-        keep_going=options.keep_going))
+    return exit_status(lambda: search(**vars(options)))
 
 
 if __name__ == "__main__":

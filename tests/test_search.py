@@ -9,6 +9,7 @@ from PIL import Image
 
 from jlml_jax import extract, features_file, search, search_results, user_images
 from jlml_jax.gallery import Gallery
+from jlml_jax.reranking import Reranking
 
 
 def write_crops(folder, indices, size=(20, 40)):
@@ -171,6 +172,24 @@ def test_the_query_itself_can_be_left_out(run, tiny_run, crops, tmp_path):
     assert len(files) == 11 and min(distances) > 0
     error = run(f"--gallery={tmp_path / 'f.npz'}", *arguments, "--same_person", status=2)
     assert "has no images to search beside the query images" in error
+
+
+def test_the_nearest_can_be_re_ranked(run, crops, tmp_path, tiny_extractor, monkeypatch):
+    gallery = tiny_extractor.embed_crops(sorted(crops.iterdir()))
+    write_crops(tmp_path, [20])
+    query = tmp_path / names([20])[0]
+    feature = tiny_extractor.embed_crops([query])
+    expected = np.argsort(Reranking(feature, gallery).distances(np.arange(1), np.arange(12))[0])
+    plain = np.argsort(np.linalg.norm(gallery - feature, axis=1))
+    assert expected.tolist() != plain.tolist()
+    arguments = [f"--gallery={crops}", f"--query={query}", f"--index={tmp_path / 'i'}", "--rerank"]
+    files, distances = found(run(*arguments, "--top_k=12"))
+    assert files == names(expected)
+    np.testing.assert_allclose(distances, np.linalg.norm(gallery - feature, axis=1)[expected], atol=1e-4)
+    assert found(run(*arguments, "--top_k=3"))[0] == files[:3]
+    monkeypatch.setattr(search, "RERANKED", 4)  # no others come in
+    assert sorted(found(run(*arguments, "--top_k=2"))[0] + found(run(*arguments, "--top_k=4"))[0][2:]) == sorted(
+        names(plain[:4]))
 
 
 def test_images_of_one_person_are_searched_for_by_their_mean(run, crops, tmp_path, tiny_extractor):

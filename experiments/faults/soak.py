@@ -67,7 +67,7 @@ def soak(minutes: float, folder: Path) -> dict:
             if done["extracts"] % 10 == 0:
                 shutil.rmtree(index, ignore_errors=True)
             part = str(crops / f"*{done['extracts'] % 10}_00.jpg")  # a tenth of the crops
-            for options in ({}, {"exclude_own_camera": True}, {"cameras": ["1", "2"]}):
+            for options in ({}, {"exclude_own_camera": True}, {"camera": ["1", "2"]}):
                 search.search("", part, files[rng.integers(CROPS)], index=str(index), **options)
         done["extracts"] += 1
         done["searches"] += 7
