@@ -87,9 +87,14 @@ def get_config() -> ConfigDict:
     # all cameras together; extract, search and export have each camera's after jlml_jax.adapt --by_camera.
     train.norm_by_camera = False
     train.dtype = "auto"  # of convolutions: float32, bfloat16; auto: bfloat16 on GPU and TPU. Inference is in float32
-    train.steps_per_dispatch = 0  # at most, with all images on the devices; 0: 25, and 1 on a CPU
+    # At most, with all images on the devices; 0: 25, and 1 on a CPU. Taken is a divisor of log_every, checkpoint_every,
+    # evaluate.every and train.steps.
+    train.steps_per_dispatch = 0
 
     config.evaluate = evaluate = ConfigDict()
+    # Steps between evaluations while training. Rank-1 and mAP on the run's own test, or on the people held out, go to
+    # metrics.jsonl and TensorBoard, and so do those of the end. Nothing is selected by them. 0: at the end only.
+    evaluate.every = 0
     evaluate.normalize = "none"  # none, joint, per_branch: L2 normalisation of the matching feature
     # What BN normalises test images by: run: its running statistics of training; data: those of the tested data set's
     # training images, without their labels; camera: those of each camera's.

@@ -19,7 +19,7 @@ from experiments.tables.report import markdown_table
 from jlml_jax.checkpoints import CONFIG, latest_step, read_results, with_defaults
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.files import write_atomically
-from jlml_jax.logs import read_metrics
+from jlml_jax.logs import read_training
 from jlml_jax.protocols import joined_name
 from jlml_jax.result_rows import (
     ACCURACIES,
@@ -39,8 +39,8 @@ PAGE = FOLDER.with_suffix(".md")
 _NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.joined_splits", "data.data_dir", "data.trials",
                "data.loader", "log_every", "checkpoint_every", "keep_checkpoints", "profile", "compilation_cache",
                "evaluate.datasets", "evaluate.picture", "evaluate.baselines", "evaluate.batch_size",
-               "evaluate.reranking", "evaluate.multi_query", "evaluate.extra_gallery", "data.held_out_identities",
-               "data.height", "data.width", "train.steps", "train.batch_size")
+               "evaluate.reranking", "evaluate.multi_query", "evaluate.extra_gallery", "evaluate.every",
+               "data.held_out_identities", "data.height", "data.width", "train.steps", "train.batch_size")
 _SHOWN = (*(score for score in SCORES if score != "mean_inp"), f"{RERANKED}rank1", f"{RERANKED}mean_ap",
           *ACCURACIES)
 
@@ -54,7 +54,7 @@ def make_record(folder: Path) -> dict[str, Any]:
     fields = with_defaults(config)
     defaults = with_defaults({})
     parts = sorted(folder.glob("trial-*")) or [folder]
-    lines = [line for part in parts for line in read_metrics(part)]
+    lines = [line for part in parts for line in read_training(part)]
     rates = [line["images_per_second"] for line in lines]
     steps = [latest_step(part) or 0 for part in parts]
     total = fields["train.steps"]

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jlml_jax import evaluate, norm_statistics
 from jlml_jax.checkpoints import SavedRun
+from jlml_jax.distances import Products
 from jlml_jax.evaluate import Forward
 from jlml_jax.kept_step import KeptStep
 from jlml_jax.norm_statistics import Statistics
@@ -64,6 +65,10 @@ class Run:
         """`norm_statistics.make_statistics`."""
         return self._program(lambda config: norm_statistics.make_statistics(self.model, config, self.command.mesh),
                              "statistics")
+
+    def products(self) -> Products:
+        """`evaluate.products_on`."""
+        return self._program(lambda config: evaluate.products_on(self.command.mesh), "products")
 
     def _program(self, make: Callable[[ml_collections.FrozenConfigDict], Any], *name: Any) -> Any:
         config = self.config.copy_and_resolve_references()

@@ -49,6 +49,7 @@ RANGES = {
     "train.images_per_identity": "[0, inf)",
     "train.accumulation_steps": "[1, inf)",
     "train.steps_per_dispatch": "[0, inf)",
+    "evaluate.every": "[0, 2147483647]",
     "evaluate.batch_size": "[1, inf)",
     "evaluate.max_rank": "[1, inf)",
     "log_every": "[1, 2147483647]",

@@ -4,19 +4,21 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 
-from jlml_jax import evaluate, norm_statistics, parallel, pictures, result_rows, training_history
+from jlml_jax import evaluate, logs, norm_statistics, parallel, pictures, result_rows, training_history
 from jlml_jax.checkpoints import RESULTS, read_description, read_results
 from jlml_jax.command import Run
 from jlml_jax.datasets.base import Split
-from jlml_jax.errors import first_few
+from jlml_jax.errors import UserError, first_few
 from jlml_jax.evaluate import FeatureCache, Features, Forward
 from jlml_jax.files import write_atomically
+from jlml_jax.logs import TrainingLog
 from jlml_jax.models import init_variables
 from jlml_jax.protocols import Trial
 from jlml_jax.train_step import TrainState
@@ -27,8 +29,9 @@ def evaluate_run(run: Run, state: TrainState, started: float) -> list[dict[str, 
 
     `started` is when the run began, in seconds of `time.perf_counter`.
     """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    rows = _own_rows(run, variables) + _other_rows(run, variables)
+    variables, step = _variables(state), int(state.step)
+    own_rows = _own_rows(run, variables)
+    rows = own_rows + _other_rows(run, variables)
     if rows:
         print(result_rows.format_rows(rows), flush=True)
     else:
@@ -36,12 +39,70 @@ def evaluate_run(run: Run, state: TrainState, started: float) -> list[dict[str, 
               flush=True)
     provenance = run.command.provenance
     results = provenance | {
-        "seed": run.config.seed, "steps": int(state.step), "train_fingerprint": run.label_map["fingerprint"],
+        "seed": run.config.seed, "steps": step, "train_fingerprint": run.label_map["fingerprint"],
         result_rows.SETTINGS: result_rows.settings_of(run.config.evaluate),
         "wall_time_seconds": round(time.perf_counter() - started, 1)}
     _write(run.workdir, rows,
            training_history.with_training(results, provenance, training_history.read(run.workdir)))
+    if is_due(run.config, step):
+        parallel.on_first_process(lambda: _log_last(run, step, own_rows))
     return rows
+
+
+def _log_last(run: Run, step: int, own_rows: list[dict[str, Any]]) -> None:
+    """Adds to the evaluations while training the one at the end, unless an earlier call has."""
+    if logs.is_evaluated(run.workdir, step):
+        return
+    features = (*run.model.active_branches(), "joint")  # others are baselines
+    log = TrainingLog(run.workdir, step, run.config.train.steps, run.config.train.batch_size)
+    log.evaluation(step, [row for row in own_rows if row["protocol"] == run.trial.protocol
+                          and row["feature"] in features], seconds=0)
+    log.close()
+
+
+def is_due(config: ml_collections.ConfigDict, step: int) -> bool:
+    """Whether the run is evaluated after `step` steps, by `config.evaluate.every`."""
+    every = config.evaluate.every
+    return every > 0 and step > 0 and (step % every == 0 or step == config.train.steps)
+
+
+def refuse_no_test(trial: Trial, config: ml_collections.ConfigDict) -> None:
+    """A UserError if the run is to be evaluated while it trains, and `trial` has nobody to search for."""
+    if config.evaluate.every and trial.query is None:
+        hold_out = "" if trial.validation is not None else ", or hold people out with --config.data.held_out_identities"
+        raise UserError(f"evaluate.every={config.evaluate.every} asks for rank-1 and mAP while training, and "
+                        f"{trial.dataset} has no queries and gallery; give --config.evaluate.every=0{hold_out}")
+
+
+class _Stopped(Exception):
+    """An evaluation was asked to stop."""
+
+
+def evaluate_while_training(run: Run, state: TrainState, stopped: Callable[[], Any]) -> list[dict[str, Any]] | None:
+    """The rows of the run's own test by the network of `state`, one a feature: single-query, not re-ranked.
+
+    `stopped` is asked before every batch; where it says so, there are none.
+    """
+    def unless_stopped(program: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if stopped():
+                raise _Stopped
+            return program(*arguments)
+        return call
+
+    settings = run.config.evaluate.copy_and_resolve_references()
+    settings.reranking, settings.multi_query = False, ""
+    try:
+        features = norm_statistics.features_of(run.trial, unless_stopped(run.forward()),
+                                               unless_stopped(run.statistics()), _variables(state), run.config,
+                                               run.command.mesh)
+        return evaluate.evaluate_trials([run.trial], features, settings, run.products())
+    except _Stopped:
+        return None
+
+
+def _variables(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def _own_rows(run: Run, variables: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,7 +116,7 @@ def _own_rows(run: Run, variables: dict[str, Any]) -> list[dict[str, Any]]:
     features = _features_of(run, trial, variables)
     if config.baselines:
         rows += evaluate.evaluate_baselines(trial, run.config.data) + [_untrained_row(run)]
-    rows += evaluate.evaluate_trials([trial], features, config, evaluate.products_on(run.command.mesh))
+    rows += evaluate.evaluate_trials([trial], features, config, run.products())
     if config.picture and jax.process_index() == 0:
         query, gallery = (evaluate.matching_feature(features(split), config.normalize)
                           for split in (trial.query, trial.gallery))
@@ -75,7 +136,7 @@ def _untrained_row(run: Run) -> dict[str, Any]:
 
 def _other_rows(run: Run, variables: dict[str, Any]) -> list[dict[str, Any]]:
     """Of the data sets that `evaluate.datasets` names, in all their trials."""
-    config, products = run.config.evaluate, evaluate.products_on(run.command.mesh)
+    config, products = run.config.evaluate, run.products()
     rows = []
     for tests in run.command.other_tests:
         if config.norm_statistics == "run":  # an image has the same features in all trials

@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from jlml_jax.files import write_atomically
 
 # Fields of metrics.jsonl that say how long things took; all others are equal whenever the same run is run again.
 TIME_FIELDS = ("images_per_second", "seconds")
+
+# The scores of an evaluation, of results.json's; in a line of its own, by feature: rank1/joint.
+EVALUATED = ("rank1", "mean_ap")
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -35,8 +39,24 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return metrics
 
 
+def read_training(workdir: Path) -> list[dict[str, Any]]:
+    """The lines that are of training steps, not of an evaluation; as `read_metrics`."""
+    return [line for line in read_metrics(workdir) if not _is_evaluation(line)]
+
+
+def is_evaluated(workdir: Path, step: int) -> bool:
+    """Whether the lines have an evaluation after `step` steps; as `read_metrics`."""
+    return any(line["step"] == step and _is_evaluation(line) for line in read_metrics(workdir))
+
+
+def _is_evaluation(line: dict[str, Any]) -> bool:
+    return any(name.partition("/")[0] in EVALUATED for name in line)
+
+
 class TrainingLog:
     """Collects the metrics of every step and reports their means over the steps since the last report.
+
+    Rates, the time that is left and `seconds`, since the first dispatch ended, are of training alone.
 
     On resumption the lines of `metrics.jsonl` after `first_step` are dropped, because those steps come again, and
     `interval` (what `interval()` gave when the checkpoint was made) restores the steps that were not yet reported.
@@ -96,10 +116,26 @@ class TrainingLog:
         self._mark, self._mark_step = now, done
         record = {"step": done, **means, "learning_rate": learning_rate, "images_per_second": round(rate, 2),
                   "seconds": round(now - self._start, 3)}
+        self._write(record)
+        self._print(done, means, rate)
+
+    def evaluation(self, done: int, rows: Sequence[dict[str, Any]], seconds: float) -> None:
+        """Writes the `EVALUATED` scores of `rows`, one a feature, of the weights after `done` steps.
+
+        The `seconds` that the evaluation took do not count as time of training.
+        """
+        if self._start is not None:
+            self._start += seconds
+            self._mark += seconds
+        if not self._quiet:
+            self._write({"step": done} | {f"{score}/{row['feature']}": row[score] for score in EVALUATED
+                                          for row in rows})
+
+    def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        self._events.add(done, {name: value for name, value in record.items() if name not in ("step", "seconds")})
-        self._print(done, means, rate)
+        self._events.add(record["step"], {name: value for name, value in record.items()
+                                          if name not in ("step", "seconds")})
 
     def _print(self, done: int, means: dict[str, float], rate: float) -> None:
         parts = []

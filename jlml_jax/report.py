@@ -185,7 +185,7 @@ _OTHER = 3
 
 
 def _training(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Figures of metrics.jsonl: loss terms, accuracy, learning rate, and whatever else was logged but times."""
+    """Figures of metrics.jsonl: loss terms, accuracy, evaluations, and whatever else was logged but times."""
     if not history:
         return []
     names = [name for name in dict.fromkeys(name for line in history for name in line)
@@ -208,6 +208,8 @@ def _training(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
             ("Cross-entropy", ("cross_entropy",), "nats", 1),
             ("Loss and its other terms", ("loss", "penalty", "triplet"), "loss", 1),
             ("Training accuracy", ("accuracy",), "per cent", 100),
+            ("Rank-1 while training", ("rank1",), "per cent", 100),
+            ("mAP while training", ("mean_ap",), "per cent", 100),
             ("Learning rate", ("learning_rate",), "learning rate", 1), ("Gradient", ("gradient_norm",), "norm", 1)):
         if drawn := curves(prefixes, scale):
             figures.append(_figure(drawn, title=title, x_label="step", y_label=y_label))

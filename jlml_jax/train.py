@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jlml_jax import (
     device_data,
     evaluate,
     input_pipeline,
+    logs,
     losses,
     norm_statistics,
     optim,
@@ -53,11 +54,12 @@ from jlml_jax.command import Command, Run
 from jlml_jax.config_ranges import check_ranges
 from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError, storage_errors_told
-from jlml_jax.evaluate_run import collect_trials, evaluate_run
+from jlml_jax.evaluate_run import collect_trials, evaluate_run, evaluate_while_training, is_due, refuse_no_test
 from jlml_jax.files import refuse_address, user_path
 from jlml_jax.logs import TrainingLog
 from jlml_jax.models import build_model, check_input_size, count_operations, variable_shapes
 from jlml_jax.protocols import Trial, namespace
+from jlml_jax.result_rows import TITLES, format_score
 from jlml_jax.stopping import StopRequest
 from jlml_jax.train_step import Batch, TrainState, compute_dtype, init_state, steps_per_dispatch
 
@@ -193,6 +195,7 @@ def _check_run(command: Command, given_config: ml_collections.ConfigDict, workdi
     if command.mode != "evaluate" and config.train.steps:
         groups = sampling.identity_groups(trial.labels(), config.train.images_per_identity)
         sampling.steps_per_epoch(len(trial.train), config.train.batch_size, groups)  # refuses too large a batch
+    refuse_no_test(trial, config)
     model = build_model(config, len(trial.identities()))
     initial = _load_initial(config.init_from, workdir, trial) if config.init_from and not begun else None
     if initial:
@@ -288,10 +291,24 @@ def _train(run: Run, checkpoints: Checkpoints, state: TrainState, progress: dict
     any_stop = parallel.make_any_stop(mesh)
     in_flight = _InFlight(run, checkpoints, log, at_once)
     ahead = 0 if jax.default_backend() == "cpu" else DISPATCHES_AHEAD  # a CPU's host has nothing better to do
+    # One that a stop has left out is made up for.
+    evaluated = is_due(config, first_step) and parallel.all_of(
+        parallel.on_first_process(lambda: logs.is_evaluated(run.workdir, first_step)))[0]
 
     with StopRequest() as stop:
+        def stopped() -> int:
+            return int(any_stop(stop.requested or 0))
+
         try:
-            for done in range(first_step + at_once, last_step + 1, at_once):
+            done, told_to_stop = first_step, 0
+            while done < last_step and not told_to_stop:
+                if is_due(config, done) and not (done == first_step and evaluated):
+                    # Nothing is evaluated before it is known to be finite.
+                    told_to_stop = in_flight.finish_all_but(0) or _evaluate(run, state, log, stopped)
+                    if told_to_stop:
+                        checkpoints.save(done, state, {"interval": log.interval()})
+                        break
+                done += at_once
                 dispatch = range(done - at_once, done)
                 trace.before(dispatch)
                 state, metrics = step(state, next(batches), seed)
@@ -304,10 +321,8 @@ def _train(run: Run, checkpoints: Checkpoints, state: TrainState, progress: dict
                     # Nothing is saved before it is known to be finite.
                     told_to_stop = in_flight.finish_all_but(0) or told_to_stop
                     checkpoints.save(done, state, {"interval": log.interval()})
-                if told_to_stop:
-                    break
             checkpoints.wait()
-            told_to_stop = told_to_stop or int(any_stop(stop.requested or 0))  # while the last steps were saved
+            told_to_stop = told_to_stop or stopped()  # while the last steps were saved
             if told_to_stop:
                 print(f"stopped by {signal.Signals(told_to_stop).name} after step {done}, which is saved; "
                       "the same command goes on", flush=True)
@@ -316,6 +331,18 @@ def _train(run: Run, checkpoints: Checkpoints, state: TrainState, progress: dict
             trace.stop()
             log.close()
     return state
+
+
+def _evaluate(run: Run, state: TrainState, log: TrainingLog, stopped: Callable[[], int]) -> int:
+    """Evaluates the network of `state`, logs and prints its scores; the signal that any process was sent, or 0."""
+    started, step = time.perf_counter(), int(state.step)
+    rows = evaluate_while_training(run, state, stopped)
+    if rows is not None:
+        log.evaluation(step, rows, time.perf_counter() - started)
+        told = (" ".join([row["feature"], *(f"{TITLES[score]} {format_score(row, score)}" for score in logs.EVALUATED)])
+                for row in rows)
+        print(f"step {step}/{run.config.train.steps}  evaluation in per cent: {', '.join(told)}", flush=True)
+    return stopped()
 
 
 class _InFlight:

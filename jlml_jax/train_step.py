@@ -178,9 +178,9 @@ def most_steps_per_dispatch() -> int:
 
 
 def steps_per_dispatch(config: ml_collections.ConfigDict, first_step: int) -> int:
-    """How many steps the device takes at a time, so that reports, checkpoints and the end fall between dispatches."""
+    """How many steps the device takes at a time, so that whatever falls due does so between dispatches."""
     if config.data.loader != "device":
         return 1
     most = config.train.steps_per_dispatch or most_steps_per_dispatch()
-    common = math.gcd(config.log_every, config.checkpoint_every, config.train.steps, first_step)
+    common = math.gcd(config.log_every, config.checkpoint_every, config.evaluate.every, config.train.steps, first_step)
     return max(number for number in range(1, most + 1) if common % number == 0)

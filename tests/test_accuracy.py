@@ -159,11 +159,12 @@ def test_steps_without_a_rate_take_that_of_others_and_a_line_cut_short_is_left_o
     folder = _run(tmp_path / "cut", [_row()])
     lines = [{"step": 50, "images_per_second": 32.0}, {"step": 51, "images_per_second": 0.0},
              {"step": 150, "images_per_second": 32.0}]
+    lines.insert(1, {"step": 50, "rank1/joint": 0.5, "mean_ap/joint": 0.25})  # of an evaluation while training
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + text[:20])
     assert accuracy.main([str(folder)]) == 0
     assert json.loads((kept / "accuracy" / "cut.json").read_text())["training_seconds"] == 150
-    (folder / "metrics.jsonl").write_text(json.dumps(lines[1]) + "\n")
+    (folder / "metrics.jsonl").write_text(json.dumps(lines[2]) + "\n")
     assert accuracy.main([str(folder)]) == 0
 
 

@@ -13,7 +13,7 @@ from tiny_imagenet_miniature import write_tiny_imagenet
 
 from experiments import accuracy
 from experiments.tables import figures, plan
-from jlml_jax import calibrate, datasets, models, optim, parallel, protocols, report, train_step
+from jlml_jax import calibrate, datasets, evaluate, models, optim, parallel, protocols, report, train_step
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import Grid
@@ -245,6 +245,30 @@ def test_a_run_does_without_the_one_it_started_from(link, runs, tmp_path, pretra
     rows = train_and_evaluate(config, tmp_path / "run")  # finished: the weights are its own
     assert {row["protocol"] for row in rows} == {"single-query", "multi-query"}
     assert load_run(tmp_path / "run").label_map == before
+
+
+def test_every_trial_is_evaluated_while_it_trains(link, tmp_path, monkeypatch):
+    forwards, make_forward = [], evaluate.make_forward
+    monkeypatch.setattr(evaluate, "make_forward",
+                        lambda *arguments: forwards.append(make_forward(*arguments)) or forwards[-1])
+    rows = train_and_evaluate(link("viper", **{"data.trials": "0-1", "evaluate.every": 1}), tmp_path / "run")
+    for number, folder in enumerate(("trial-00", "trial-01")):
+        lines = [line for line in lines_of(tmp_path / "run" / folder) if "rank1/joint" in line]
+        assert [line["step"] for line in lines] == [1, 2]
+        row, = (row for row in rows if row["trial"] == number and row["feature"] == "joint")
+        assert (lines[1]["rank1/joint"], lines[1]["mean_ap/joint"]) == (row["rank1"], row["mean_ap"])
+    assert [forward._cache_size() for forward in forwards] == [1]  # compiled once for all
+
+
+def test_what_tests_nobody_is_not_evaluated_while_it_trains(link, tmp_path):
+    for name, mended in (("cuhk03/labeled+market1501", "every=0, or hold people out with --config.data.held_out_"),
+                         ("tiny_imagenet", "every=0$")):
+        with pytest.raises(UserError, match="evaluate.every=1 asks .* has no queries and gallery; give .*" + mended):
+            train_and_evaluate(link(name, **{"evaluate.every": 1}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    held_out = {"evaluate.every": 1, "data.held_out_identities": 30}
+    train_and_evaluate(link("cuhk03/labeled+market1501", **held_out), tmp_path / "run", "train")
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "mean_ap/joint" in line] == [1]
 
 
 def test_trials_are_added_and_resumed_one_by_one(link, tmp_path, capsys):

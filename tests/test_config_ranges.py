@@ -45,6 +45,7 @@ def test_the_ends_of_a_range(name, value):
     ("data.mean", (0.5, 0.5, math.nan), "(-inf, inf)"), ("model.local_widths", (16, 0), "[1, inf)"),
     ("train.steps", -1, "[0, 2147483647]"), ("optim.warmup_steps", 10**10, "[0, 2147483647]"),
     ("data.mean", ("a", "b", "c"), "(-inf, inf)"), ("model.local_feature_dim", 0, "[1, inf)"),
+    ("evaluate.every", -1, "[0, 2147483647]"),
 ])
 def test_what_is_out_of_a_range_is_told(name, value, range_told):
     with pytest.raises(UserError) as raised:

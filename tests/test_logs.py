@@ -3,8 +3,9 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jlml_jax import logs
 from jlml_jax.errors import UserError
-from jlml_jax.logs import TIME_FIELDS, TrainingLog
+from jlml_jax.logs import TIME_FIELDS, TrainingLog, is_evaluated, read_training
 
 
 def metrics(step):
@@ -129,6 +130,41 @@ def test_an_interval_given_to_a_checkpoint_does_not_change_while_it_is_written(t
     log.add(2, metrics(2))
     assert interval["loss"] == [1.0]
     log.close()
+
+
+def scored(*values):
+    return [{"feature": feature, "rank1": value, "mean_ap": value / 2, "rank5": 1.0}
+            for feature, value in zip(("global", "joint"), values, strict=True)]
+
+
+def test_an_evaluation_has_a_line_of_its_own(tmp_path):
+    train(tmp_path, 0, 6, 3)
+    log = TrainingLog(tmp_path, 6, 100, 32)
+    log.evaluation(6, scored(0.25, 0.5), 1.0)
+    log.close()
+    assert records(tmp_path)[2] == {"step": 6, "rank1/global": 0.25, "rank1/joint": 0.5, "mean_ap/global": 0.125,
+                                    "mean_ap/joint": 0.25}
+    assert [is_evaluated(tmp_path, step) for step in (3, 6)] == [False, True]
+    assert read_training(tmp_path) == records(tmp_path)[:2]
+    assert events(tmp_path)["mean_ap/joint"] == [(6, 0.25)]
+    TrainingLog(tmp_path, 5, 100, 32).close()
+    assert not is_evaluated(tmp_path, 6)
+
+
+def test_the_time_of_evaluations_is_not_that_of_training(tmp_path, monkeypatch, capsys):
+    clock = iter([10.0, 20.0, 75.0])  # at the first step; at the reports
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: next(clock))
+    log = TrainingLog(tmp_path, 0, 100, 32)
+    log.add(2, metrics(2))
+    for done, seconds in ((4, 6.0), (6, 50.0)):
+        log.evaluation(done - 1, scored(0.25, 0.5), seconds)
+        log.add(done, metrics(done))
+        log.report(done, 0.01)
+    log.close()
+    training = read_training(tmp_path)
+    assert [line["images_per_second"] for line in training] == [2 * 32 / (20 - 10 - 6), 2 * 32 / (75 - 20 - 50)]
+    assert [line["seconds"] for line in training] == [20 - 10 - 6, 75 - 10 - 6 - 50]
+    assert capsys.readouterr().out.endswith("12.8 images/s  3:55 left\n")  # 94 steps
 
 
 def test_tensorboard_reads_the_events(tmp_path):

@@ -305,6 +305,17 @@ def test_a_union_has_no_ranking(tiny_run, shop_dir, tmp_path):
     assert "Do not pass this file on" not in page.text
 
 
+def test_evaluations_while_training_are_curves():
+    history = [{"step": step, "loss": 1.0} for step in (2, 4)]
+    history.insert(1, {"step": 3, "rank1/global": 0.25, "rank1/joint": 0.5, "mean_ap/global": 0.125,
+                       "mean_ap/joint": 0.375})
+    loss, rank1, mean_ap = report._training(history)
+    assert (rank1["title"], rank1["names"], rank1["rows"]) == (
+        "Rank-1 while training", ["global", "joint"], [("3", ["25", "50"])])
+    assert (mean_ap["title"], mean_ap["rows"]) == ("mAP while training", [("3", ["12.5", "37.5"])])
+    assert [x for x, _ in loss["rows"]] == ["2", "4"]
+
+
 def test_results_of_other_weights_are_told(shop):
     workdir, _, trial, (query, gallery) = shop
     scores = {name: metrics.evaluate_ranking(query[name], gallery[name], *evaluate.labels_of(trial)) for name in query}

@@ -17,6 +17,7 @@ from runs import assert_close_trees, assert_same_run, final_state, lines_of
 from jlml_jax import parallel, train
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
+from jlml_jax.logs import read_training
 from jlml_jax.train import train_and_evaluate
 
 
@@ -39,13 +40,16 @@ def test_a_run_as_an_accelerator_has_it(smooth_config, tmp_path, monkeypatch, ca
     Each of these is tested by itself; together, on a real GPU, they once ended every run before its first step.
     """
     smooth_config.train.steps, smooth_config.log_every, smooth_config.checkpoint_every = 8, 2, 4
+    smooth_config.evaluate.every = 4
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
     rows = train_and_evaluate(smooth_config, tmp_path)
     assert "step 8/8" in capsys.readouterr().out
     assert {row["feature"] for row in rows} == {"global", "local", "joint"}
     assert all(0 < row["mean_ap"] <= 1 for row in rows)
-    losses = [line["loss"] for line in lines_of(tmp_path)]
+    assert [(line["step"], "loss" in line) for line in lines_of(tmp_path)] == [
+        (2, True), (4, True), (4, False), (6, True), (8, True), (8, False)]
+    losses = [line["loss"] for line in read_training(tmp_path)]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 

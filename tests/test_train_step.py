@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 import os
 import re
 from unittest import mock
@@ -140,6 +141,8 @@ def test_reports_checkpoints_and_the_end_fall_between_dispatches(tiny_config, fi
     tiny_config.train.steps, tiny_config.log_every, tiny_config.checkpoint_every = 18, 6, 12
     tiny_config.train.steps_per_dispatch = most
     assert train_step.steps_per_dispatch(tiny_config, first_step) == at_once
+    tiny_config.evaluate.every = 4
+    assert train_step.steps_per_dispatch(tiny_config, first_step) == math.gcd(2, first_step)
     tiny_config.data.loader = "tf_data"
     assert train_step.steps_per_dispatch(tiny_config, first_step) == 1
 

@@ -20,7 +20,7 @@ from jlml_jax import datasets
 from jlml_jax.checkpoints import CONFIG, FREE_FIELDS, RESULTS, latest_step, read_results, with_defaults
 from jlml_jax.errors import UserError, first_few
 from jlml_jax.evaluate import NORMALIZE
-from jlml_jax.logs import read_metrics
+from jlml_jax.logs import read_training
 from jlml_jax.protocols import joined_name
 
 _STRIPS, _PENALTIES = (1, 2, 4, 8), (5e-6, 5e-5, 5e-4, 5e-3)
@@ -219,7 +219,7 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Where the results come from, with what the folder has beside results.json."""
         of_trials = [read_results(folder)["provenance"] for folder in self.trials()]
-        rates = [line["images_per_second"] for folder in self.trials() for line in read_metrics(folder)]
+        rates = [line["images_per_second"] for folder in self.trials() for line in read_training(folder)]
         return of_trials[0] | {
             "config": json.loads((self.folder / CONFIG).read_text()),
             "wall_time_seconds": round(sum(source["wall_time_seconds"] for source in of_trials), 1),
@@ -255,7 +255,7 @@ def training_seconds(parts: Sequence[Path], batch_size: int) -> float:
     """
     seconds = 0.0
     for part in parts:
-        lines = read_metrics(part)
+        lines = read_training(part)
         rates = [line["images_per_second"] for line in lines if line["images_per_second"]]
         done = 0
         for line in lines:
