@@ -17,7 +17,11 @@ from jlml_jax.datasets.images import decode_image
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.files import user_path
 
-_EXAMPLE = """example:
+_DETAILS = """A CSV for folder/NAME has the columns image,identity,camera[,split][,x,y,width,height]; its paths are
+relative to its folder and cannot leave it; a box (pixels of the upright frame) is cropped, and must lie within the
+frame.
+
+examples:
   python -m jlml_jax.prepare market1501 --source=Market-1501-v15.09.15
   python -m jlml_jax.prepare folder/shop --source=people.csv
   python -m jlml_jax.prepare viper --source=VIPeR --incomplete="resized to 64x128"
@@ -53,8 +57,9 @@ def check_images(crops: Sequence[Crop], source: Path) -> int:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest
     failures = [result for result in results if isinstance(result, str)]
     if failures:
-        raise UserError(f"{len(failures)} of {len(crops):,} images in {source} are unreadable: "
-                        f"{first_few(failures, '; ')}; they must be removed first to build with --incomplete=WHY")
+        raise UserError(f"{len(failures)} of {len(crops):,} images in {source} are bad: "
+                        f"{first_few(failures, '; ')}; they must be mended or removed, also to build with "
+                        "--incomplete=WHY")
     print(f"all {len(crops):,} images decode")
     return sum(results)
 
@@ -172,7 +177,7 @@ def _tell_incomplete(name: str, data_dir: str | Path | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
     parser = argparse.ArgumentParser(
-        "python -m jlml_jax.prepare", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
+        "python -m jlml_jax.prepare", description=__doc__, epilog=_DETAILS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="DATASET", help=" or ".join(datasets.NAMES))
     parser.add_argument("--source", metavar="DIR", help="folder of the original files, or CSV for folder/NAME; none "

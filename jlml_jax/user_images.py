@@ -6,7 +6,6 @@ import dataclasses
 import glob
 import hashlib
 import itertools
-import math
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -18,19 +17,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from jlml_jax.datasets.base import JUNK
-from jlml_jax.datasets.folder import JUNK_ADVICE, NAME, identity_of, is_unicode, path_within, read_table
-from jlml_jax.datasets.images import open_rgb, resize
+from jlml_jax.datasets.folder import JUNK_ADVICE, NAME, box_of, identity_of, is_unicode, path_within, read_table
+from jlml_jax.datasets.images import Box, crop_box, open_rgb, resize, shows_somebody
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.files import user_path
 
-_BOX_COLUMNS = ("x", "y", "width", "height")
-_COLUMNS = ("image", "identity", "camera", *_BOX_COLUMNS)
-_MIN_SIDE = 4  # pixels; less than that shows nobody
 _LOOK_ON = 255  # images after a bad one that are looked at, though not used, to name more bad ones at once
 _MAX_SEEN = 1024  # known images handed on at a time
 _AHEAD = 256  # images read before they are asked for: enough for the device never to wait, and bounded
-
-Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the upright frame
 
 
 class NothingRead(UserError):
@@ -154,12 +148,7 @@ def _with_market_names(images: list[UserImage], root: Path) -> Listing:
 
 
 def _read_csv(path: Path) -> Listing:
-    lines, notes = read_table(path, ("image",), _COLUMNS[1:])
-    (_, columns), *_ = lines
-    missing = [column for column in _BOX_COLUMNS if column not in columns]
-    if 0 < len(missing) < len(_BOX_COLUMNS):
-        raise UserError(f"{path} lacks {', '.join(missing)} of a box; its columns are "
-                        "image[,identity][,camera][,x,y,width,height]")
+    lines, notes = read_table(path, ("image",), ("identity", "camera"))
     root, images, bad = os.path.realpath(path.parent), [], []
     for number, cells in lines:
         try:
@@ -183,18 +172,7 @@ def _csv_image(cells: dict[str, str], line: int, folder: Path, root: str) -> Use
         raise ValueError(f"{shown} {error}") from error
     if cells.get("identity") == str(JUNK):
         raise ValueError(JUNK_ADVICE)
-    box = None
-    if "x" in cells:
-        try:
-            numbers = [float(cells[column]) for column in _BOX_COLUMNS]
-        except ValueError as error:
-            raise ValueError(f"the box of {shown} is not four numbers") from error
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"the box of {shown} is not finite")
-        box = tuple(map(round, numbers))
-        if box[2] < 1 or box[3] < 1:
-            raise ValueError(f"the box of {shown} is {box[2]} x {box[3]} pixels, which is nothing")
-    return UserImage(folder / name, name, cells.get("identity", ""), cells.get("camera", ""), box, line)
+    return UserImage(folder / name, name, cells.get("identity", ""), cells.get("camera", ""), box_of(cells), line)
 
 
 def load_images(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes] = frozenset()
@@ -284,15 +262,7 @@ def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Col
 
 
 def _crop(frame: Image.Image, image: UserImage) -> Image.Image:
-    if image.box is not None:
-        x, y, width, height = image.box
-        if x < 0 or y < 0 or x + width > frame.width or y + height > frame.height:
-            raise UserError(f"{image}: the box {x}, {y}, {width}, {height} is not within the frame of "
-                            f"{frame.width} x {frame.height} pixels")
-        frame = frame.crop((x, y, x + width, y + height))
-    if min(frame.size) < _MIN_SIDE:
-        raise UserError(f"{image} has {frame.width} x {frame.height} pixels, which shows nobody")
-    return frame
+    return shows_somebody(frame, str(image)) if image.box is None else crop_box(frame, image.box, str(image))
 
 
 def load_one(image: UserImage, height: int, width: int) -> np.ndarray:

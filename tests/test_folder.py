@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 from processes import WITHOUT_TENSORFLOW, run_program
+from splits import drawing
 
 from configs import default
 from jlml_jax import datasets, input_pipeline, prepare, protocols
@@ -20,6 +22,7 @@ from jlml_jax.datasets import folder
 from jlml_jax.datasets.folder import Folder
 from jlml_jax.datasets.images import decode_image
 from jlml_jax.errors import UserError
+from jlml_jax.user_images import list_images, load_one
 
 HEADER = "image,identity,camera,split"
 
@@ -428,6 +431,107 @@ def test_the_draw_is_of_the_annotation_alone(write):
     assert inspect(write(*[line[:-1] for line in lines], header="image,identity,camera"))[0] == splits
 
 
+# --- boxes of full frames
+
+BOXES = "image,identity,camera,x,y,width,height,split"
+
+
+def turned_frame():
+    """A photograph that a viewer turns, to 40 x 60 pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(Image.fromarray(drawing(40, 60)), "JPEG", exif=exif)
+
+
+def test_training_sees_of_a_box_what_extract_embeds(shop, prepared):
+    (shop / "in").mkdir()
+    (shop / "in" / "turned.jpg").write_bytes(turned_frame())
+    clear = Image.fromarray(drawing(50, 50, 1)).convert("RGBA")
+    clear.putalpha(Image.fromarray(drawing(50, 50, 2)).convert("L"))
+    clear.save(shop / "clear.png")
+    Image.fromarray(drawing(30, 30, 3)).convert("CMYK").save(shop / "cmyk.jpg")
+    path = shop / "people.csv"
+    path.write_text(BOXES + """
+in/turned.jpg,ann,1,10,5.4,20,45.6,train
+cmyk.jpg,ann,2,0,0,30,30,train
+in/turned.jpg,bob,1,0,0,9,60,train
+clear.png,ann,2,7.5,8.5,16,33,train
+./in/turned.jpg,bob,1,31,0,9,4,train
+""")
+    train = prepared(path)["train"]
+    images = {f"{image.file} box {','.join(map(str, image.box))}": image for image in list_images(str(path)).images}
+    assert train.names.tolist() == sorted(images) == [
+        "clear.png box 8,8,16,33", "cmyk.jpg box 0,0,30,30", "in/turned.jpg box 0,0,9,60",
+        "in/turned.jpg box 10,5,20,46", "in/turned.jpg box 31,0,9,4"]
+    assert train.identities.tolist() == [1, 1, 2, 1, 2]
+    for height, width in ((32, 16), (8, 8)):
+        expected = [load_one(images[name], height, width) for name in train.names]
+        np.testing.assert_array_equal(train.decode(height, width), expected)
+    for name, image in zip(train.names, train.images, strict=True):
+        assert image.startswith(b"\x89PNG")
+        assert decode_image(image, name).shape[1::-1] == images[name].box[2:]
+
+
+def test_the_boxes_of_a_frame_decode_it_once(shop, monkeypatch):
+    decoded = []
+    original = folder.open_rgb
+    monkeypatch.setattr(folder, "open_rgb", lambda data, name, **options: decoded.append(name)
+                        or original(data, name, **options))
+    for name in "ab":
+        Image.fromarray(drawing(40, 60)).save(shop / f"{name}.png")
+    path = shop / "people.csv"
+    # As they are drawn they would be by person.
+    path.write_text("\n".join([BOXES, *(f"{name}.png,{x},1,{x},0,10,10,train" for x in range(5) for name in "ab")]))
+    crops, = Folder.inspect(path).splits.values()
+    assert [crop.origin for crop in crops] == [f"{name}.png (line {line})" for name in "ab"
+                                               for line in range(2 + (name == "b"), 12, 2)]
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda crop: crop.read(), crops))) == 5
+    assert decoded == ["a.png (line 2)", "b.png (line 3)"]
+
+
+def test_boxes_are_drawn_into_splits_as_crops_are(shop):
+    Image.fromarray(drawing(40, 60)).save(shop / "f.png")
+    lines = [f"f.png,{identity},{camera},{10 * identity + camera},{index},8,9" for identity in range(4)
+             for camera in (1, 2) for index in range(2)]
+    path = shop / "people.csv"
+    path.write_text("\n".join([BOXES.removesuffix(",split"), *lines]))
+    splits, _, _ = inspect(path)
+    assert {split: len(images) for split, images in splits.items()} == {"train": 8, "query": 4, "gallery": 4}
+    path.write_text("\n".join([BOXES.removesuffix(",split"), *lines[::-1]]))
+    assert inspect(path)[0] == splits
+
+
+def test_a_box_may_be_listed_once(shop, refusal):
+    Image.fromarray(drawing(40, 60)).save(shop / "f.png")
+    (shop / "g.png").symlink_to("f.png")
+    path = shop / "people.csv"
+    path.write_text(f"{BOXES}\nf.png,1,1,0,0,9,9,train\nf.png,1,1,0,0,9,8,train\ng.png,2,1,0.2,0,9,9,train\n")
+    error = refusal(path)
+    assert "1 images are listed more than once: f.png box 0,0,9,9 (lines 2, 4); remove the lines too many" in error
+
+
+def test_boxes_that_cannot_be(shop, refusal, prepared):
+    Image.fromarray(drawing(40, 60)).save(shop / "f.png")
+    path = shop / "people.csv"
+    for box, told in {
+        "0,0,,9": "1 lines lack a cell: line 3 (width); fill",
+        "0,0,x,9": "1 lines have a bad box: line 3: the box of f.png is not four numbers; mend",
+        "0,0,9,-9": "line 3: the box of f.png is 9 x -9 pixels, which is nothing",
+        "0,nan,9,9": "line 3: the box of f.png is not finite",
+        "0,31,9,10": "1 of 2 images in people.csv are bad: f.png (line 3): the box 0, 31, 9, 10 is not within the "
+                     "frame of 60 x 40 pixels; they must be mended or removed",
+        "0,0,3,9": "f.png (line 3) has 3 x 9 pixels, which shows nobody",
+    }.items():
+        path.write_text(f"{BOXES}\nf.png,1,1,0,0,60,40,train\nf.png,1,1,{box},train\n")
+        assert told in refusal(path).replace(f"{shop}/", "")
+    path.write_text("image,identity,camera,y,split,height\nf.png,1,1,2,train,2\n")
+    assert "people.csv lacks x, width of a box; its columns are x, y, width, height, or none" in refusal(path)
+    path.write_text("image,identity,camera,width,split,height\nf.png,1,1,60,train,40\n")  # of the image itself
+    assert prepared(path)["train"].names.tolist() == ["f.png"]
+    assert "columns that are not read: width, height" in prepared.out.splitlines()
+
+
 # --- folders
 
 def fill(folder, *names):
@@ -607,7 +711,7 @@ def test_images_that_do_not_decode(write, refusal, shop):
     (shop / "b.png").write_bytes(b"")
     (shop / "d.bmp").write_bytes((shop / "d.bmp").read_bytes()[:100])
     error = refusal(path)
-    assert f"3 of 4 images in {path} are unreadable: a.png does not decode" in error
+    assert f"3 of 4 images in {path} are bad: a.png does not decode" in error
     assert "b.png is not an image" in error
     assert "d.bmp does not decode" in error
     Image.fromarray(np.full((8, 4), 4000, np.uint16)).save(shop / "a.png")

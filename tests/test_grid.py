@@ -147,5 +147,5 @@ def test_wrong_counts(refused, original, arguments, tmp_path):
 def test_undecodable_image(refused, original, arguments, tmp_path):
     path = next((original / "probe").glob("0004_*"))
     path.write_bytes(path.read_bytes()[:-500])
-    assert f"1 of 15 images in {original} are unreadable: probe/{path.name} " in refused(*arguments)
+    assert f"1 of 15 images in {original} are bad: probe/{path.name} " in refused(*arguments)
     assert not Grid(data_dir=tmp_path / "data").is_prepared()

@@ -237,7 +237,7 @@ def test_incomplete_without_a_reason(run, original, data_dir, why):
 def test_what_an_incomplete_copy_cannot_do_without(run, original, data_dir):
     flag = "--incomplete=some were lost"
     (original / "query" / "0001_c2s1_000100_00.jpg").write_bytes(b"")
-    assert_refused(run(original, data_dir, flag), "1 of 65 images", "must be removed first")
+    assert_refused(run(original, data_dir, flag), "1 of 65 images", "must be mended or removed, also to build")
     (original / "query" / "0001_c1.jpg").touch()
     assert_refused(run(original, data_dir, flag), "1 image names", "query/0001_c1.jpg")
     for path in (original / "query").iterdir():

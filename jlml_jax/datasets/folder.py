@@ -2,11 +2,13 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import itertools
+import math
 import os
 import re
-import struct
+import threading
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import ExifTags, Image
+from PIL import Image
 
 from jlml_jax.datasets.base import DISTRACTOR, JUNK, BenchmarkBuilder, Crop, Originals, parse_names
-from jlml_jax.datasets.images import encode_png, open_rgb
+from jlml_jax.datasets.images import Box, crop_box, encode_png, open_rgb, orientation
 from jlml_jax.errors import UserError, first_few, printable
 
 SPLITS = ("train", "query", "gallery")
-COLUMNS = ("image", "identity", "camera")  # and, optionally, split
+COLUMNS = ("image", "identity", "camera")  # and, optionally, split and those of a box
+BOX_COLUMNS = ("x", "y", "width", "height")
 NOBODY = {"distractor": DISTRACTOR, "junk": JUNK}  # words in the place of an identity
 FOLDERS = {"train": ("train", "bounding_box_train"), "query": ("query",), "gallery": ("gallery", "bounding_box_test")}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -32,6 +35,7 @@ NAME = re.compile(r"(?P<identity>-1|[0-9]+)_c(?P<camera>[0-9]+).*(?i:\.jpe?g|\.p
 _EXAMPLE = "0002_c1s1_000451_03.jpg"
 
 _TURNED = range(2, 9)  # Exif orientations; 1 is upright
+_FRAMES_KEPT = 4  # decoded, for the boxes that follow in them
 _READ_BY_ALL = {"JPEG", "MPO", "PNG"}  # what TensorFlow decodes too; an MPO is a JPEG with further pictures behind it
 
 
@@ -40,18 +44,21 @@ class _Row:
     """An image as the user annotated it."""
 
     path: Path
-    name: str
+    name: str  # within the folder; with the box, if it is one of a frame
     identity: str
     camera: str
     split: str  # empty: to be drawn
+    origin: str  # for messages
+    box: Box | None = None  # None: all of the image
 
 
 class Folder(BenchmarkBuilder):
     """Splits train, query and gallery, as the user gives them or drawn; those without images are left out.
 
     Each NAME is a configuration of its own. Images that TensorFlow would not read, or not upright, are kept as PNG, of
-    the same pixels; the others as they are. `name` is the path within the folder. Identities and cameras are any text,
-    numbered from 1 on in sorted order, in that of numbers if all are numbers. The metadata has
+    the same pixels, and so are boxes that are cropped from full frames, each at its own size; the others as they are.
+    `name` is the path within the folder, of a box with the box: `frame.png box 10,5,16,20`. Identities and cameras are
+    any text, numbered from 1 on in sorted order, in that of numbers if all are numbers. The metadata has
 
     - `identities`: those texts; that of identity i is at i - 1.
     - `cameras`: likewise.
@@ -62,8 +69,9 @@ class Folder(BenchmarkBuilder):
     DESCRIPTION = "Crops of people, of the user's own."
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Give a CSV file with the columns image (a path within the CSV's folder), identity (any text; distractor and "
-        "junk are nobody), camera (any text) and, unless it is to be drawn, split (train, query or gallery). Or give a "
-        f"folder of images named like {_EXAMPLE}: the identity, 0 for a distractor, -1 for junk, and after _c the "
+        "junk are nobody), camera (any text) and, unless it is to be drawn, split (train, query or gallery); where "
+        "images are full frames, also x, y, width and height of a box a line, in pixels of the upright frame. Or give "
+        f"a folder of images named like {_EXAMPLE}: the identity, 0 for a distractor, -1 for junk, and after _c the "
         "camera; the images in it are split at random, those in its folders train, query and gallery are not."
     )
     EXPECTED = None
@@ -97,8 +105,9 @@ class Folder(BenchmarkBuilder):
                          "good for training alone")
         numbers = NOBODY | {name: number for number, name in enumerate(identities, 1)}
         camera_numbers = {name: number for number, name in enumerate(cameras, 1)}
-        crops = {split: [Crop(row.name, numbers[row.identity], camera_numbers[row.camera], row.name,
-                              _reader(row.path, row.name)) for row in listed]
+        frames = functools.lru_cache(_FRAMES_KEPT)(_Frame)
+        crops = {split: [Crop(row.name, numbers[row.identity], camera_numbers[row.camera], row.origin,
+                              functools.partial(_read, row, frames)) for row in _by_frame(listed)]
                  for split, listed in splits.items() if listed}
         return Originals(crops, unexpected, {"identities": identities, "cameras": cameras}, tuple(notes))
 
@@ -117,7 +126,7 @@ def _read_csv(path: Path) -> tuple[list[_Row], list[str], list[str]]:
     """The images that a CSV lists; no unexpected files; notes."""
     lines, notes = read_table(path, COLUMNS, ("split",))
     has_split = any(cells.get("split") for _, cells in lines)
-    needed = (*COLUMNS, "split") if has_split else COLUMNS
+    needed = [*COLUMNS, *["split"] * has_split, *(BOX_COLUMNS if "x" in lines[0][1] else ())]
     _refuse(path, [f"line {line} ({', '.join(empty)})" for line, cells in lines
                    if (empty := [column for column in needed if not cells[column]])],
             "lines lack a cell", "fill them in or remove the lines")
@@ -126,20 +135,63 @@ def _read_csv(path: Path) -> tuple[list[_Row], list[str], list[str]]:
                 "lines have an unknown split", f"known are {', '.join(SPLITS)}")
     _refuse(path, [f"line {line}" for line, cells in lines if cells["identity"] == str(JUNK)],
             f"lines have the identity {JUNK}", JUNK_ADVICE)
+    numbers = [line for line, _ in lines]
     names = _paths_within(path, [(line, cells["image"]) for line, cells in lines])
+    boxes = _boxes(path, lines)
+    _refuse_repeated(path, numbers, names, boxes)
     if any(re.fullmatch("0+", cells["identity"]) for _, cells in lines):
         notes.append("identity 0 is taken for a person; where it is nobody, write distractor")
-    rows = [_Row(path.parent / name, name, cells["identity"], cells["camera"], cells["split"] if has_split else "")
-            for name, (_, cells) in zip(names, lines, strict=True)]
+    rows = [_Row(path.parent / name, name + _told(box), cells["identity"], cells["camera"],
+                 cells["split"] if has_split else "", f"{name} (line {line})" if box else name, box)
+            for name, box, (line, cells) in zip(names, boxes, lines, strict=True)]
     return rows, [], notes
+
+
+def _told(box: Box | None) -> str:
+    return " box {},{},{},{}".format(*box) if box else ""
+
+
+def _boxes(path: Path, lines: Sequence[tuple[int, dict[str, str]]]) -> list[Box | None]:
+    """The box of each line of CSV `path`; a UserError unless all can be."""
+    boxes, bad = [], []
+    for line, cells in lines:
+        try:
+            boxes.append(box_of(cells))
+        except ValueError as error:
+            bad.append(f"line {line}: {error}")
+    _refuse(path, bad, "lines have a bad box", "mend or remove them")
+    return boxes
+
+
+def box_of(cells: Mapping[str, str]) -> Box | None:
+    """The box in a line of a CSV, rounded to pixels; None if it has none.
+
+    Raises:
+        ValueError: it cannot be one; the message says why.
+    """
+    if "x" not in cells:
+        return None
+    shown = printable(cells["image"])
+    try:
+        numbers = [float(cells[column]) for column in BOX_COLUMNS]
+    except ValueError as error:
+        raise ValueError(f"the box of {shown} is not four numbers") from error
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"the box of {shown} is not finite")
+    x, y, width, height = map(round, numbers)
+    if width < 1 or height < 1:
+        raise ValueError(f"the box of {shown} is {width} x {height} pixels, which is nothing")
+    return x, y, width, height
 
 
 def read_table(path: Path, needed: Sequence[str], known: Sequence[str] = ()
                ) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
     """The number of each line of a CSV that is not empty, after the first, and its cells by column; notes.
 
+    The columns of a box are known, too: if any line has cells x, all have those of `BOX_COLUMNS`.
+
     Raises:
-        UserError: it is no such file, or it lacks a `needed` column or has one of these or of the `known` ones twice.
+        UserError: it is no such file, or it lacks a `needed` column, or one of a box, or has one that is read twice.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -160,6 +212,11 @@ def read_table(path: Path, needed: Sequence[str], known: Sequence[str] = ()
     if missing := [column for column in needed if column not in header]:
         raise UserError(f"{path} has no column {' and no column '.join(missing)}: its first line is "
                         f"{','.join(header)[:80]!r}, but must name {', '.join(needed)}, with commas between them")
+    if "x" in header or "y" in header:  # width and height alone are an image's
+        known = (*known, *BOX_COLUMNS)
+        if missing := [column for column in BOX_COLUMNS if column not in header]:
+            raise UserError(f"{path} lacks {', '.join(missing)} of a box; its columns are {', '.join(BOX_COLUMNS)}, or "
+                            "none of these")
     if twice := [column for column in (*needed, *known) if header.count(column) > 1]:
         raise UserError(f"{path} has two columns {twice[0]}; remove one")
     if not lines:
@@ -189,7 +246,7 @@ def path_within(root: str, file: str) -> str:
 def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
     """The paths of `images` (line, path as given), relative to the folder of CSV `path`.
 
-    A UserError unless all are different files within that folder.
+    A UserError unless all are files within that folder.
     """
     root, names, outside = os.path.realpath(path.parent), [], []
     for line, image in images:
@@ -201,13 +258,18 @@ def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
     _refuse(path, [image for (_, image), name in zip(images, names, strict=True)
                    if not os.path.isfile(path.parent / name)],
             f"images are not in {path.parent}", "paths start from the CSV's folder, with / between folders")
-    lines = defaultdict(list)
-    for (line, _), name in zip(images, names, strict=True):
-        lines[os.path.realpath(path.parent / name)].append(line)
-    _refuse(path, [f"{os.path.relpath(file, root)} (lines {', '.join(map(str, listed))})"
-                   for file, listed in lines.items() if len(listed) > 1],
-            "images are listed more than once", "remove the lines too many")
     return names
+
+
+def _refuse_repeated(path: Path, lines: Sequence[int], names: Sequence[str], boxes: Sequence[Box | None]) -> None:
+    """A UserError if two lines of CSV `path` are of one file, under whatever names, and of one box."""
+    same = defaultdict(list)
+    for line, name, box in zip(lines, names, boxes, strict=True):
+        same[os.path.realpath(path.parent / name), box].append(line)
+    root = os.path.realpath(path.parent)
+    _refuse(path, [f"{os.path.relpath(file, root)}{_told(box)} (lines {', '.join(map(str, listed))})"
+                   for (file, box), listed in same.items() if len(listed) > 1],
+            "images are listed more than once", "remove the lines too many")
 
 
 def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
@@ -221,8 +283,8 @@ def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
             "names are not valid UTF-8", "rename them")
     if folders:
         unexpected += [path.name for path in sorted(root.iterdir()) if path.name not in folders]
-    rows = [_Row(path, path.relative_to(root).as_posix(), identity_of(match), str(int(match["camera"])),
-                 folders.get(folder, ""))
+    rows = [_Row(path, name := path.relative_to(root).as_posix(), identity_of(match), str(int(match["camera"])),
+                 folders.get(folder, ""), name)
             for folder, matches in images.items() for path, match in matches]
     if not rows:
         raise UserError(f"{root} has no images named like {_EXAMPLE}, neither in itself nor in folders "
@@ -332,8 +394,29 @@ def _notes_on_queries(splits: Mapping[str, Sequence[_Row]]) -> list[str]:
             f"in the gallery: {first_few(alone)}"]
 
 
-def _reader(path: Path, name: str) -> Callable[[], bytes]:
-    return lambda: _upright(path.read_bytes(), name)
+class _Frame:
+    """A full frame, decoded once for all boxes that are asked for, in whatever threads, while it is kept."""
+
+    def __init__(self, path: Path):
+        self._path, self._lock = path, threading.Lock()
+        self._image: Image.Image | None = None
+
+    def image(self, name: str) -> Image.Image:
+        with self._lock:
+            if self._image is None:
+                self._image = open_rgb(self._path.read_bytes(), name, upright=True)
+            return self._image
+
+
+def _by_frame(rows: Sequence[_Row]) -> Sequence[_Row]:
+    """The boxes of a frame one after another; other images as they are."""
+    return sorted(rows, key=lambda row: row.name) if rows[0].box else rows
+
+
+def _read(row: _Row, frames: Callable[[Path], _Frame]) -> bytes:
+    if row.box is None:
+        return _upright(row.path.read_bytes(), row.name)
+    return encode_png(np.asarray(crop_box(frames(row.path).image(row.origin), row.box, row.origin)))
 
 
 def _upright(encoded: bytes, name: str) -> bytes:
@@ -344,15 +427,8 @@ def _upright(encoded: bytes, name: str) -> bytes:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             if (image.format in _READ_BY_ALL and image.mode != "CMYK" and not image.has_transparency_data
-                    and _orientation(image) not in _TURNED):
+                    and orientation(image) not in _TURNED):
                 return encoded
     except Exception:  # Pillow's plug-ins let through whatever a damaged file makes them stumble over
         return encoded  # for decode_image to say what is wrong with it
     return encode_png(np.asarray(open_rgb(encoded, name, upright=True)))
-
-
-def _orientation(image: Image.Image) -> int | None:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except (KeyError, TypeError, ValueError, SyntaxError, struct.error):  # damaged Exif data, as if there were none
-        return None

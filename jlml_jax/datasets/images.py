@@ -1,12 +1,13 @@
-"""Image files decoded, resized and encoded, with Pillow."""
+"""Image files decoded, cropped, resized and encoded, with Pillow."""
 
 import contextlib
 import io
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jlml_jax.errors import UserError
 from jlml_jax.files import write_atomically
@@ -16,6 +17,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # What transparent pixels show: mid-grey is about the mean that is subtracted from the network's input.
 _BACKGROUND = (128, 128, 128)
+
+MIN_SIDE = 4  # pixels; less than that shows nobody
+
+Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the upright frame
 
 
 def open_rgb(encoded: bytes, name: str, *, upright: bool = False) -> Image.Image:
@@ -59,6 +64,34 @@ def as_a_viewer_shows(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int | None:
+    """How an open image is to be turned, by its Exif data: 1 is upright, None is not said."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except (KeyError, TypeError, ValueError, SyntaxError, struct.error):  # damaged Exif data, as if there were none
+        return None
+
+
+def crop_box(frame: Image.Image, box: Box, name: str) -> Image.Image:
+    """The part of a frame that is within a box. Errors say `name`.
+
+    Raises:
+        UserError: the box is not within the frame, or is too small to show anybody.
+    """
+    x, y, width, height = box
+    if x < 0 or y < 0 or x + width > frame.width or y + height > frame.height:
+        raise UserError(f"{name}: the box {x}, {y}, {width}, {height} is not within the frame of {frame.width} x "
+                        f"{frame.height} pixels")
+    return shows_somebody(frame.crop((x, y, x + width, y + height)), name)
+
+
+def shows_somebody(image: Image.Image, name: str) -> Image.Image:
+    """The image; a UserError, which says `name`, if it is too small to show anybody."""
+    if min(image.size) < MIN_SIDE:
+        raise UserError(f"{name} has {image.width} x {image.height} pixels, which shows nobody")
+    return image
 
 
 def decode_image(encoded: bytes, name: str, height: int | None = None, width: int | None = None) -> np.ndarray:
