@@ -16,7 +16,7 @@ from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.files import user_path
 from jlml_jax.models import build_model
 from jlml_jax.new_run import new_folder, write_checkpoint
-from jlml_jax.user_images import NothingRead, UserImage, list_images, read_batches
+from jlml_jax.user_images import NothingRead, UserImage, list_images, read_batches, tell_clipped
 
 FEWEST_IMAGES = 16  # statistics of less would be those of single pictures
 
@@ -34,7 +34,8 @@ examples:
 """
 
 
-def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = False, keep_going: bool = False) -> None:
+def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = False, keep_going: bool = False,
+          clip_boxes: bool = False) -> None:
     """Writes the run in `workdir`, normalising by `images`, to the new folder `output`, whole or not at all.
 
     Raises:
@@ -43,7 +44,7 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
     """
     output = user_path(output)
     with new_folder(output, "--output") as part:
-        listing = list_images(images)
+        listing = list_images(images, clip_boxes=clip_boxes)
         for note in listing.notes:
             print(note)
         cameras = sorted({image.camera for image in listing.images}) if by_camera else []
@@ -62,7 +63,8 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
         if by_camera:
             of_cameras = {}
             for camera in cameras:
-                of_camera = [image for image in listing.images if image.camera == camera and image not in measure.bad]
+                of_camera = [image for image in listing.images
+                             if image.camera == camera and _key(image) not in measure.bad]
                 try:
                     own, count = measure(of_camera)
                 except NothingRead:
@@ -72,6 +74,7 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
                 told += f", {count:,} of camera {printable(camera)}"
             (part / camera_statistics.FILE).write_bytes(
                 camera_statistics.to_bytes(camera_statistics.stack(of_cameras)))
+        tell_clipped(len(measure.clipped))
         # Not the results or the thresholds, which are those of other statistics.
         (part / CONFIG).write_text(run.config.to_json(indent=1))
         (part / LABEL_MAP).write_text(json.dumps(run.label_map))
@@ -80,15 +83,21 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
     print(f"{output}: {workdir}, step {run.step}, adapted to {told}")
 
 
+def _key(image: UserImage) -> tuple[Path, int | None]:
+    """What an image is known by, whatever became of its box."""
+    return image.path, image.row
+
+
 class _Measure:
     """A function of images to the `batch_stats` over them, and how many there are: `MOST_IMAGES` at most.
 
-    `bad` are those that it could not read, and was to keep going.
+    `bad` are those, by their keys, that it could not read, and was to keep going; `clipped` those whose box it has cut.
     """
 
     def __init__(self, run: SavedRun, keep_going: bool):
         self._run, self._keep_going = run, keep_going
-        self.bad: set[UserImage] = set()
+        self.bad: set[tuple[Path, int | None]] = set()
+        self.clipped: set[tuple[Path, int | None]] = set()
         self._mesh, config = parallel.make_mesh(jax.local_devices()), run.config
         parallel.keep_programs(config.compilation_cache)
         self._statistics = norm_statistics.make_statistics(build_model(config, num_identities=0), config, self._mesh)
@@ -102,7 +111,8 @@ class _Measure:
         batches = read_batches(chosen, data.height, data.width, self._batch_size, "reading",
                                keep_going=self._keep_going)
         loaded = [image for read, _ in batches for image in read]
-        self.bad |= {*chosen} - {one.image for one in loaded}
+        self.bad |= {*map(_key, chosen)} - {_key(one.image) for one in loaded}
+        self.clipped |= {_key(one.image) for one in loaded if one.clipped}
         pixels = np.array([one.pixels for one in loaded])
         in_random_order = pixels[norm_statistics.chosen_images(len(pixels))]
         return norm_statistics.of_batches(self._statistics, self._variables, norm_statistics.full_batches(
@@ -121,9 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--by_camera", action="store_true", help="each camera's images by that camera's own statistics")
     parser.add_argument("--keep_going", action="store_true",
                         help="list bad images at the end and leave them out, instead of stopping")
+    parser.add_argument("--clip_boxes", action="store_true",
+                        help="cut boxes that cross the edge of their frame to it, instead of refusing them")
     options = parser.parse_args(arguments)
     return exit_status(lambda: adapt(
-        options.workdir, options.images, options.output, by_camera=options.by_camera, keep_going=options.keep_going))
+        options.workdir, options.images, options.output, by_camera=options.by_camera, keep_going=options.keep_going,
+        clip_boxes=options.clip_boxes))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from jlml_jax.files import user_path
 from jlml_jax.user_images import list_images
 
 _DETAILS = """A CSV has the columns image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder
-and cannot leave it; a box (pixels of the upright frame) is cropped first, and must lie within the frame.
+and cannot leave it; a box (pixels of the upright frame) is cropped first, and must lie within the frame, or be cut
+to it by --clip_boxes; the file has the boxes as they were cropped.
 Images are turned as their EXIF tags say, and what is transparent is laid over mid-grey; more than 8 bits a
 channel are refused. Identity and camera are also read from names like Market-1501's, where all are like that.
 The file has a row an image, in the order of the list (jlml_jax/features_file.py describes it).
@@ -26,11 +27,11 @@ examples:
 """
 
 
-def extract(workdir: str, images: str, output: str, *, keep_going: bool = False) -> None:
+def extract(workdir: str, images: str, output: str, *, keep_going: bool = False, clip_boxes: bool = False) -> None:
     """Writes the features of `images` to `output`; a UserError tells what is wrong with any of the three."""
     output = user_path(output)
     features_file.check_output(output)
-    listing = list_images(images)
+    listing = list_images(images, clip_boxes=clip_boxes)
     for note in listing.notes:
         print(note)
     extractor = load_extractor(workdir)
@@ -63,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="features.npz or features.parquet; replaced, when all is done, if it is there")
     parser.add_argument("--keep_going", action="store_true",
                         help="list bad images at the end and leave them out, instead of stopping")
+    parser.add_argument("--clip_boxes", action="store_true",
+                        help="cut boxes that cross the edge of their frame to it, instead of refusing them")
     options = parser.parse_args(arguments)
     return exit_status(lambda: extract(options.workdir, options.images, options.output,
-                                       keep_going=options.keep_going))
+                                       keep_going=options.keep_going, clip_boxes=options.clip_boxes))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from jlml_jax.checkpoints import SavedRun, load_run
 from jlml_jax.datasets.images import as_a_viewer_shows, refuse_deep, resize
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.models import build_model, is_identity_layer
-from jlml_jax.user_images import LoadedImage, UserImage, load_one, read_batches
+from jlml_jax.user_images import LoadedImage, UserImage, load_one, read_batches, tell_clipped
 
 # Fields of config.model that say how it was trained, not what it computes.
 _TRAINING_FIELDS = ("cosine_scale", "loss", "norm_momentum")
@@ -184,11 +184,17 @@ def tell_unknown_cameras(cameras: Iterable[str], extractor: Extractor) -> None:
 
 def embed(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool,
           known: Collection[bytes] = frozenset()) -> Iterator[tuple[list[LoadedImage], list[LoadedImage], np.ndarray]]:
-    """Reads and embeds images batch by batch, as `read_batches`, with the features [number read, dim]."""
+    """Reads and embeds images batch by batch, as `read_batches`, with the features [number read, dim].
+
+    Prints at the end how many boxes were cut to their frames.
+    """
     tell_unknown_cameras((image.camera for image in images), extractor)
     batches = read_batches(images, extractor.height, extractor.width, extractor.batch_size, "embedding",
                            keep_going=keep_going, known=known)
+    clipped = 0
     for read, seen in batches:
+        clipped += sum(loaded.clipped for loaded in [*read, *seen])
         pixels = np.array([image.pixels for image in read], np.uint8)
         yield read, seen, extractor(pixels.reshape(len(read), extractor.height, extractor.width, 3),
                                     [loaded.image.camera for loaded in read])
+    tell_clipped(clipped)

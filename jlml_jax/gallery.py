@@ -3,7 +3,7 @@
 A gallery is a folder of
   features.f32     the features, little-endian float32 [N, D], row after row; only ever appended to, read by memory map
   gallery.sqlite   table `model`: the fingerprint of the model and D; table `images`: for each row of features.f32 the
-                   SHA-256 of the image file's bytes (and box), its file, identity, camera and box
+                   SHA-256 of the image file's bytes (and the box that is cropped), its file, identity, camera and box
   lock             held (flock) by the one process that adds
 An image is in the gallery when its row in `images` is committed, which is after its feature is on disk: what a killed
 process has appended beyond that is cut off by the next one that adds. The same image again, under whatever name, is

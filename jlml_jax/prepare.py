@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from jlml_jax.files import user_path
 
 _DETAILS = """A CSV for folder/NAME has the columns image,identity,camera[,split][,x,y,width,height]; its paths are
 relative to its folder and cannot leave it; a box (pixels of the upright frame) is cropped, and must lie within the
-frame.
+frame, or be cut to it by --clip_boxes.
 
 examples:
   python -m jlml_jax.prepare market1501 --source=Market-1501-v15.09.15
@@ -78,7 +79,7 @@ def check_room(data_dir: Path, num_bytes: int) -> None:
 
 
 def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | None = None, *,
-            overwrite: bool = False, incomplete: str | None = None) -> None:
+            overwrite: bool = False, incomplete: str | None = None, clip_boxes: bool = False) -> None:
     """Checks and builds data set `name`; does nothing if that is done already and `overwrite` is False.
 
     Args:
@@ -88,12 +89,14 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
         overwrite: build anew, in place of what was built before.
         incomplete: why the original files are known not to be those published, in one line: it is recorded, with the
             counts that differ, in the metadata, and they do not stop the build.
+        clip_boxes: of a user's own, cut boxes that cross the edge of their frame to it, rather than refuse them.
 
     Raises:
         UserError: the original files are not those published, or `data_dir` cannot take the data.
     """
     dataset = datasets.builder(name, data_dir)
-    _check_arguments(name, dataset, source, incomplete)
+    _check_arguments(name, dataset, source, incomplete, clip_boxes)
+    options = {"clip_boxes": True} if clip_boxes else {}
     if dataset.is_prepared() and not overwrite:
         print(f"{name} is prepared already in {dataset.data_path} (--overwrite builds it anew)")
         _tell_incomplete(name, data_dir)
@@ -102,7 +105,7 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
     source = None if dataset.DRAWN else user_path(source)
     root = Path(dataset.data_dir_root)
     if isinstance(dataset, BenchmarkBuilder):
-        crops = check_originals(dataset, source, incomplete)
+        crops = check_originals(dataset, source, incomplete, **options)
         check_room(root, 0)  # before the minutes that decoding may take
         num_bytes = check_images(crops, source)
     else:  # TFDS's own builder, if not drawn, which checks the archives while it reads them
@@ -116,7 +119,7 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
             if dataset.is_prepared() and not overwrite:
                 print("another process has done so meanwhile")
             elif isinstance(dataset, BenchmarkBuilder):
-                dataset.build(source, (incomplete or "").strip())
+                dataset.build(source, (incomplete or "").strip(), **options)
             else:
                 dataset.build(source)
     except (OSError, RuntimeError) as error:
@@ -129,8 +132,11 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
     _tell_incomplete(name, data_dir)
 
 
-def _check_arguments(name: str, dataset: ArrayRecordBuilder, source: str | Path | None, incomplete: str | None) -> None:
+def _check_arguments(name: str, dataset: ArrayRecordBuilder, source: str | Path | None, incomplete: str | None,
+                     clip_boxes: bool) -> None:
     """Refuses what `prepare` is given if it makes no sense together."""
+    if clip_boxes and not name.startswith("folder/"):
+        raise UserError(f"{name} has no boxes to clip: leave out --clip_boxes")
     if dataset.DRAWN and source is not None:
         raise UserError(f"{name} is drawn, not read: leave out --source")
     if dataset.DRAWN and incomplete is not None:
@@ -143,14 +149,14 @@ def _check_arguments(name: str, dataset: ArrayRecordBuilder, source: str | Path 
         raise UserError(f"{name} needs --source=FOLDER. {' '.join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())}")
 
 
-def check_originals(dataset: BenchmarkBuilder, source: Path, incomplete: str | None) -> list[Crop]:
-    """The crops in the original files in `source`; prints how many there are.
+def check_originals(dataset: BenchmarkBuilder, source: Path, incomplete: str | None, **options: Any) -> list[Crop]:
+    """The crops in the original files in `source`; prints how many there are. `options` are those of `inspect`.
 
     Raises:
         UserError: they do not read, or are not those published, and it was not said that they are `incomplete`.
     """
     try:
-        originals = dataset.inspect(source)
+        originals = dataset.inspect(source, **options)
     except OSError as error:
         raise UserError(f"cannot read {source} ({error}); give a readable --source") from error
     if originals.unexpected:
@@ -187,11 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="build anew what is prepared already")
     parser.add_argument("--incomplete", metavar="WHY", help="build a copy that is known to be incomplete or degraded; "
                                                             "why, such as 'resized to 64x128', is recorded in it")
+    parser.add_argument("--clip_boxes", action="store_true",
+                        help="for folder/NAME, cut boxes that cross the edge of their frame to it, instead of refusing "
+                             "them")
     options = parser.parse_args(arguments)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     return exit_status(lambda: prepare(options.dataset, options.source, options.data_dir,
-                                       overwrite=options.overwrite, incomplete=options.incomplete))
+                                       overwrite=options.overwrite, incomplete=options.incomplete,
+                                       clip_boxes=options.clip_boxes))
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def _refuse_other_cameras(gallery: Gallery, images: Sequence[LoadedImage]) -> No
                             "gallery anew")
 
 
-def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, keep_going: bool
-          ) -> tuple[Gallery | FeaturesFile, np.ndarray | None]:
+def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, keep_going: bool,
+          clip_boxes: bool) -> tuple[Gallery | FeaturesFile, np.ndarray | None]:
     """What `gallery` names, and the rows of it to search (None: all)."""
     path = user_path(gallery)
     if index is not None and (is_gallery(path) or path.suffix in features_file.SUFFIXES):
@@ -92,7 +92,7 @@ def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, 
         opened, rows = Gallery(path), None
         check_fingerprint(f"the gallery {gallery}", opened.fingerprint, extractor)
     else:
-        listing = list_images(gallery)
+        listing = list_images(gallery, clip_boxes=clip_boxes)
         for note in listing.notes:
             print(note)
         name = f"{path.stem[:40]}-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
@@ -132,8 +132,8 @@ def _eligible_rows(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, onl
 def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, camera: Sequence[str] = (),
            exclude_camera: Sequence[str] = (), exclude_own_camera: bool = False, query_camera: str | None = None,
            exclude_query_images: bool = False, same_person: bool = False, rerank: bool = False,
-           output: str | None = None, picture: str | None = None, index: str | None = None, keep_going: bool = False
-           ) -> None:
+           output: str | None = None, picture: str | None = None, index: str | None = None, keep_going: bool = False,
+           clip_boxes: bool = False) -> None:
     """Prints the `top_k` images of `gallery` that are nearest to each image of `query`; None: adds images only.
 
     With `same_person`, all images of `query` are of one person: it is their mean feature that is searched for, as in
@@ -154,12 +154,12 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
     verdicts = calibration.load_verdicts(folder, extractor)
     queries = []
     if query is not None:  # first of all: adding may take long
-        images = _query_images(query, query_camera, exclude_own_camera)
+        images = _query_images(query, query_camera, exclude_own_camera, clip_boxes)
         if picture is not None and len(images) > search_results.MAX_DRAWN and not same_person:
             raise UserError(f"--picture shows {search_results.MAX_DRAWN} queries at most, not {len(images):,}; give "
                             "--output=FILE.csv, or fewer")
         queries = _embed_queries(images, extractor, same_person, keep_going)
-    opened, rows = _open(gallery, index, folder, extractor, keep_going)
+    opened, rows = _open(gallery, index, folder, extractor, keep_going, clip_boxes)
     if not queries:
         return
     eligible = _eligible_rows(opened, rows, camera, exclude_camera)
@@ -203,9 +203,9 @@ def _reranked_order(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     return np.argsort(distances[0], kind="stable")
 
 
-def _query_images(source: str, camera: str | None, camera_needed: bool) -> list[UserImage]:
+def _query_images(source: str, camera: str | None, camera_needed: bool, clip_boxes: bool) -> list[UserImage]:
     """The images to search for, of `camera` if that is given."""
-    listing = list_images(source)
+    listing = list_images(source, clip_boxes=clip_boxes)
     if len(listing.images) > 1:
         for note in listing.notes:
             print(note)
@@ -259,6 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", metavar="FILE", help="draw the query and what was found, such as found.png")
     parser.add_argument("--index", metavar="DIR", help="the gallery folder to keep the images in (default: one in RUN)")
     parser.add_argument("--keep_going", action="store_true", help="list bad images and leave them out")
+    parser.add_argument("--clip_boxes", action="store_true",
+                        help="cut boxes that cross the edge of their frame to it, instead of refusing them")
     options = parser.parse_args(arguments)
     return exit_status(lambda: search(**vars(options)))
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import io
 import itertools
 import os
 import sys
@@ -17,8 +18,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from jlml_jax.datasets.base import JUNK
-from jlml_jax.datasets.folder import JUNK_ADVICE, NAME, box_of, identity_of, is_unicode, path_within, read_table
-from jlml_jax.datasets.images import Box, crop_box, open_rgb, resize, shows_somebody
+from jlml_jax.datasets.folder import (
+    JUNK_ADVICE,
+    NAME,
+    box_of,
+    identity_of,
+    is_unicode,
+    path_within,
+    read_table,
+    told_clipped,
+)
+from jlml_jax.datasets.images import Box, clip_box, crop_box, open_rgb, resize, shows_somebody, upright_size
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.files import user_path
 
@@ -41,6 +51,7 @@ class UserImage:
     camera: str = ""
     box: Box | None = None  # None: all of the image
     row: int | None = None  # line of the CSV
+    clip: bool = False  # cut the box to the frame, if it crosses the edge
 
     def __str__(self) -> str:
         """For messages."""
@@ -60,20 +71,22 @@ class Listing:
 class LoadedImage:
     """What became of an image: `pixels`, uint8 [height, width, 3]; or neither, if it was known; or an `error`."""
 
-    image: UserImage
-    digest: bytes = b""  # SHA-256 of the file's bytes and the box
+    image: UserImage  # of a box that was cut to the frame, with what is left of it
+    digest: bytes = b""  # SHA-256 of the file's bytes and the box that is cropped
     pixels: np.ndarray | None = None
     error: str | None = None
+    clipped: bool = False
 
 
-def list_images(source: str) -> Listing:
+def list_images(source: str, *, clip_boxes: bool = False) -> Listing:
     """Lists images: a folder's, searched to the bottom and sorted by path; a CSV's; a glob's, sorted; or one file.
 
     In a folder, linked folders are searched too; files that by their suffix are no images are left out, and so is what
     is hidden. A CSV has the columns image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder
     and must stay in it, also where symbolic links lead. Where all names of a folder or glob are like Market-1501's
     (0002_c1s1_000451_03.jpg), identity and camera are read from them. As in the data sets `folder/NAME`, distractor and
-    junk in the place of an identity are nobody.
+    junk in the place of an identity are nobody. Boxes that cross the edge of their frame are refused when they are
+    read; with `clip_boxes`, they are cut to it.
 
     Raises:
         UserError: there are none, or the CSV has rows that cannot be right.
@@ -83,7 +96,7 @@ def list_images(source: str) -> Listing:
         if path.is_dir():
             listing = _list_folder(path)
         elif path.suffix.lower() == ".csv" and path.is_file():
-            listing = _read_csv(path)
+            listing = _read_csv(path, clip_boxes)
         elif path.is_file():
             listing = _with_market_names([UserImage(path, source)], Path())
         elif glob.has_magic(source):
@@ -147,12 +160,12 @@ def _with_market_names(images: list[UserImage], root: Path) -> Listing:
     return Listing(images, root, ("identity and camera are read from the names, which are like Market-1501's",))
 
 
-def _read_csv(path: Path) -> Listing:
+def _read_csv(path: Path, clip_boxes: bool) -> Listing:
     lines, notes = read_table(path, ("image",), ("identity", "camera"))
     root, images, bad = os.path.realpath(path.parent), [], []
     for number, cells in lines:
         try:
-            images.append(_csv_image(cells, number, path.parent, root))
+            images.append(dataclasses.replace(_csv_image(cells, number, path.parent, root), clip=clip_boxes))
         except ValueError as error:
             bad.append(f"line {number}: {error}")
     if bad:
@@ -244,18 +257,25 @@ def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Col
     except OSError as error:
         return [LoadedImage(image, error=f"{image} cannot be read ({error.strerror})") for image in images]
     digest = hashlib.sha256(encoded)
+    size = upright_size(io.BytesIO(encoded)) if any(image.clip and image.box for image in images) else None
     frame, loaded = None, []
     for image in images:
+        listed = image.box
+        if image.clip and listed is not None:
+            image = dataclasses.replace(image, box=clip_box(listed, size))
+        clipped = image.box != listed
+        # By what is cropped: a box that is listed cut already is the same picture, and none is what was not cut.
         own = digest.copy()
         if image.box is not None:
             own.update("\0{},{},{},{}".format(*image.box).encode())
         if own.digest() in known:
-            loaded.append(LoadedImage(image, own.digest()))
+            loaded.append(LoadedImage(image, own.digest(), clipped=clipped))
             continue
         try:
             if frame is None:
                 frame = open_rgb(encoded, str(image), upright=True)
-            loaded.append(LoadedImage(image, own.digest(), np.asarray(resize(_crop(frame, image), height, width))))
+            pixels = np.asarray(resize(_crop(frame, image), height, width))
+            loaded.append(LoadedImage(image, own.digest(), pixels, clipped=clipped))
         except UserError as error:
             loaded.append(LoadedImage(image, error=str(error)))
     return loaded
@@ -263,6 +283,12 @@ def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Col
 
 def _crop(frame: Image.Image, image: UserImage) -> Image.Image:
     return shows_somebody(frame, str(image)) if image.box is None else crop_box(frame, image.box, str(image))
+
+
+def tell_clipped(number: int) -> None:
+    """Says, if there are any, how many boxes were cut to their frames."""
+    if number:
+        print(told_clipped(number))
 
 
 def load_one(image: UserImage, height: int, width: int) -> np.ndarray:

@@ -74,6 +74,25 @@ def test_a_run_that_has_not_ended_is_refused(tiny_run, tmp_path, refused_by):
     assert not (tmp_path / "adapted").exists()
 
 
+def test_boxes_beyond_their_frame_are_cut_if_asked_for(tiny_run, tmp_path, run_command, refused_by):
+    pixels = np.random.default_rng(0).integers(0, 100, (64, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "frame.png")
+    table = tmp_path / "boxes.csv"
+    lines = [f"frame.png,{x % 2},{x},8,16,32" for x in range(18)] + ["frame.png,0,40,40,16,32", "frame.png,1,99,0,9,9"]
+    table.write_text("\n".join(["image,camera,x,y,width,height", *lines]))
+    arguments = ["--workdir", tiny_run, "--images", table, "--by_camera"]
+    assert "2 of the first 20 images" in refused_by(adapt, *arguments, "--output", tmp_path / "run")
+    status, told, error = run_command(adapt, *arguments, "--output", tmp_path / "cut", "--clip_boxes", "--keep_going")
+    assert status == 0 and "adapted to 19 images, 10 of camera 0, 9 of camera 1" in told
+    assert told.count("1 boxes cross the edge of their frame and are cut to it") == 1
+    assert error.count("skipped: ") == 1
+    lines[-2:] = ["frame.png,0,40,40,8,24"]  # as it is cut
+    table.write_text("\n".join(["image,camera,x,y,width,height", *lines]))
+    status, told, _ = run_command(adapt, *arguments, "--output", tmp_path / "same")
+    assert status == 0 and "cut to it" not in told
+    assert load_extractor(tmp_path / "cut").fingerprint == load_extractor(tmp_path / "same").fingerprint
+
+
 def test_what_the_user_can_mend(adapted, tiny_run, tmp_path, run_command):
     crops, _ = write_crops(tmp_path / "crops", 15)
 

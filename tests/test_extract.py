@@ -54,6 +54,23 @@ def test_boxes_of_frames(run_command, tiny_run, tiny_extractor, loaded_once, tmp
         np.testing.assert_allclose(table.features[0], tiny_extractor(frame[16:48, 8:24][None])[0], atol=1e-5)
 
 
+def test_boxes_beyond_their_frame_are_cut_if_asked_for(
+        run_command, refused_by, tiny_run, tiny_extractor, loaded_once, tmp_path):
+    frame = np.random.default_rng(0).integers(0, 256, (32, 16, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(frame).save(tmp_path / "frame.png")
+    boxes, output = tmp_path / "boxes.csv", tmp_path / "out.npz"
+    boxes.write_text("image,x,y,width,height\nframe.png,48,96,40,50\nframe.png,0,0,64,128\nframe.png,64,0,9,9\n")
+    arguments = [f"--workdir={tiny_run}", f"--images={boxes}", f"--output={output}"]
+    assert "2 of the first 3 images (of 3) are bad" in refused_by(extract, *arguments)
+    assert "1 of the first 3 images (of 3) are bad" in refused_by(extract, *arguments, "--clip_boxes")
+    status, out, err = run_command(extract, *arguments, "--clip_boxes", "--keep_going")
+    assert status == 0 and "1 of 3 images were skipped" in err
+    assert out.splitlines()[0] == "1 boxes cross the edge of their frame and are cut to it"
+    table = features_file.read(output)
+    assert table.boxes.tolist() == [[48, 96, 16, 32], [0, 0, 64, 128]]  # as they were cropped
+    np.testing.assert_allclose(table.features[0], tiny_extractor(frame[96:, 48:][None])[0], atol=1e-5)
+
+
 def test_bad_images_stop_it_or_are_skipped(run_command, tiny_run, loaded_once, crops, tmp_path):
     (crops / "0000_c1s1_000004_00.png").write_text("text")
     (crops / "0001_c2s1_000011_00.png").write_bytes(b"")

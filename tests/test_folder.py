@@ -520,7 +520,7 @@ def test_boxes_that_cannot_be(shop, refusal, prepared):
         "0,0,9,-9": "line 3: the box of f.png is 9 x -9 pixels, which is nothing",
         "0,nan,9,9": "line 3: the box of f.png is not finite",
         "0,31,9,10": "1 of 2 images in people.csv are bad: f.png (line 3): the box 0, 31, 9, 10 is not within the "
-                     "frame of 60 x 40 pixels; they must be mended or removed",
+                     "frame of 60 x 40 pixels (--clip_boxes cuts it to the frame); they must be mended or removed",
         "0,0,3,9": "f.png (line 3) has 3 x 9 pixels, which shows nobody",
     }.items():
         path.write_text(f"{BOXES}\nf.png,1,1,0,0,60,40,train\nf.png,1,1,{box},train\n")
@@ -530,6 +530,43 @@ def test_boxes_that_cannot_be(shop, refusal, prepared):
     path.write_text("image,identity,camera,width,split,height\nf.png,1,1,60,train,40\n")  # of the image itself
     assert prepared(path)["train"].names.tolist() == ["f.png"]
     assert "columns that are not read: width, height" in prepared.out.splitlines()
+
+
+def test_boxes_beyond_their_frame_are_cut_if_asked_for(shop, refusal, tmp_path, run_command):
+    (shop / "f.jpg").write_bytes(turned_frame())
+    path = shop / "people.csv"
+    lines = ["f.jpg,1,1,-5,0,20,40,train", "f.jpg,2,1,50,30,20,40,train", "f.jpg,2,1,1,1,9,9,train"]
+    path.write_text("\n".join([BOXES, *lines]))
+    assert "2 of 3 images in" in (told := refusal(path))
+    assert "f.jpg (line 2): the box -5, 0, 20, 40 is not within the frame of 40 x 60 pixels (--clip_boxes cuts" in told
+    # The second is wholly outside.
+    command = prepare, "folder/shop", f"--source={path}", f"--data_dir={tmp_path / 'data'}", "--clip_boxes"
+    status, out, error = run_command(*command)
+    assert status == 2 and "1 of 3 images in" in error
+    assert "f.jpg (line 3): the box 50, 30, 20, 40 is not within the frame of 40 x 60 pixels; they" in error
+    assert "1 boxes cross the edge of their frame and are cut to it" in out.splitlines()
+    # Cut, two may be one; and one may be nothing much.
+    path.write_text("\n".join([BOXES, lines[0], "f.jpg,2,1,0,0,15,40,train"]))
+    status, _, error = run_command(*command)
+    assert status == 2 and "listed more than once: f.jpg box 0,0,15,40 (lines 2, 3)" in error
+    path.write_text("\n".join([BOXES, lines[0], "f.jpg,2,1,38,0,15,40,train"]))
+    assert "f.jpg (line 3) has 2 x 40 pixels, which shows nobody" in run_command(*command)[2]
+
+    path.write_text("\n".join([BOXES, *lines[::2]]))
+    status, out, _ = run_command(*command)
+    assert status == 0 and out.count("cut to it") == 1
+    train = datasets.load("folder/shop", ("train",), tmp_path / "data")["train"]
+    images = sorted(list_images(str(path), clip_boxes=True).images, key=lambda image: image.row)
+    assert train.names.tolist() == ["f.jpg box 0,0,15,40", "f.jpg box 1,1,9,9"]
+    np.testing.assert_array_equal(train.decode(32, 16), [load_one(image, 32, 16) for image in images])
+
+
+def test_only_boxes_are_cut(refused, write, tmp_path, prepared):
+    assert "viper has no boxes to clip: leave out --clip_boxes" in refused("viper", "--source=.", "--clip_boxes")
+    path = write("a.png,1,1,train")
+    prepare.prepare("folder/crops", path, tmp_path / "data", clip_boxes=True)
+    stored = datasets.load("folder/crops", ("train",), tmp_path / "data")["train"]
+    assert stored.images == prepared(path)["train"].images
 
 
 # --- folders

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from splits import drawing, encode, split_of
 
-from jlml_jax.datasets.images import decode_image
+from jlml_jax.datasets.images import clip_box, decode_image, open_rgb, upright_size
 from jlml_jax.errors import UserError
 
 
@@ -58,3 +58,33 @@ def test_a_huge_image_is_refused_before_it_is_decoded(limit, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(UserError, match="huge.png"):
         decode_image(encode(drawing(40, 20)), "huge.png")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, *range(10)])
+def test_the_size_of_an_upright_image_is_that_of_its_pixels(kind, orientation):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    file = encode(drawing(20, 30), kind, exif=exif)
+    size = open_rgb(file, "x", upright=True).size
+    assert size == ((20, 30) if orientation in range(5, 9) else (30, 20))
+    assert upright_size(io.BytesIO(file)) == size
+
+
+def test_damaged_files_have_no_size():
+    for file in (b"", b"hello", encode(drawing(40, 20))[:20]):
+        assert upright_size(io.BytesIO(file)) is None
+    file = encode(drawing(40, 20), "JPEG", exif=b"Exif\0\0nonsense and more of it")
+    assert upright_size(io.BytesIO(file)) == open_rgb(file, "x", upright=True).size == (20, 40)
+
+
+@pytest.mark.parametrize("box, expected", [
+    ((0, 0, 30, 20), (0, 0, 30, 20)), ((5, 6, 7, 8), (5, 6, 7, 8)), ((-5, 6, 7, 8), (0, 6, 2, 8)),
+    ((5, -6, 7, 8), (5, 0, 7, 2)), ((25, 6, 7, 8), (25, 6, 5, 8)), ((5, 16, 7, 8), (5, 16, 7, 4)),
+    ((-9, -9, 99, 99), (0, 0, 30, 20)), ((30, 0, 5, 5), (30, 0, 5, 5)), ((-5, 0, 5, 5), (-5, 0, 5, 5)),
+    ((0, 20, 5, 5), (0, 20, 5, 5)), ((0, -5, 5, 5), (0, -5, 5, 5)),
+])
+def test_a_box_is_cut_to_its_frame_unless_it_is_outside(box, expected):
+    assert clip_box(box, (30, 20)) == expected
+    assert clip_box(box, None) == box

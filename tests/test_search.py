@@ -143,6 +143,33 @@ def test_boxes_of_queries_and_found_are_written(run, crops, tmp_path):
     assert [row["camera"] for row in rows] == ["door", "till"]
 
 
+def test_boxes_beyond_their_frame_are_cut_if_asked_for(run, crops, tmp_path):
+    frame = Image.open(crops / names([3])[0]).resize((100, 80))
+    frame.save(tmp_path / "frame.png")
+    table, output, picture = (tmp_path / name for name in ("boxes.csv", "found.csv", "found.png"))
+    table.write_text("image,x,y,width,height\nframe.png,-10,20,30,40\nframe.png,50,0,20,50\n")
+    arguments = [f"--gallery={table}", f"--query={table}", f"--index={tmp_path / 'i'}", "--top_k=1"]
+    assert "1 of the first 2 images (of 2) are bad: frame.png (line 2): the box -10, 20, 30, 40" in run(
+        *arguments, status=2)
+    for added in (2, 0):
+        lines = run(*arguments, f"--output={output}", f"--picture={picture}", "--clip_boxes")
+        assert f"{tmp_path / 'i'}: {added} images added, 2 in it" in lines
+        assert lines.count("1 boxes cross the edge of their frame and are cut to it") == 2  # queries, and the gallery
+    with open(output, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["distance"] for row in rows] == ["0.000000"] * 2
+    assert [[row[name] for name in ("query_x", "x", "y", "width")] for row in rows] == [
+        ["0", "0", "20", "20"], ["50", "50", "0", "20"]]
+    # What was found is drawn, though the picture knows nothing of how it was listed.
+    expected = np.asarray(frame.crop((0, 20, 20, 60)).resize((96, 192), Image.Resampling.BILINEAR))
+    sheet = np.asarray(Image.open(picture))
+    for left in (8, 8 + 104 + 16):
+        np.testing.assert_array_equal(sheet[8:200, left:left + 96], expected)
+    # Known as it is cut, it is refused as it was.
+    assert "frame.png (line 2): the box -10, 20, 30, 40 is not within" in run(
+        *[one for one in arguments if not one.startswith("--query")], status=2)
+
+
 def test_the_own_camera_is_each_query_s_own(run, crops, tmp_path):
     wanted = tmp_path / "wanted"
     write_crops(wanted, [4, 6])  # cameras 2 and 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from splits import drawing
 
 from jlml_jax import user_images
 from jlml_jax.errors import UserError
@@ -216,6 +217,52 @@ def test_a_box_beyond_its_frame_is_told_by_its_line(tmp_path):
     assert errors[0] is None
     assert "f.png (line 3): the box 30, 0, 11, 10 is not within the frame of 40 x 30" in errors[1]
     assert "(line 4)" in errors[2]
+
+
+def write_boxes(folder, *boxes, name="b.csv", frame="f.png"):
+    (folder / name).write_text("\n".join(["image,x,y,width,height", *(f"{frame},{box}" for box in boxes)]))
+    return str(folder / name)
+
+
+def test_a_box_beyond_its_frame_is_cut_if_asked_for(tmp_path):
+    image = Image.fromarray(drawing(40, 30))  # shown as 40 x 30 pixels
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "f.png", exif=exif)
+    upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
+    path = write_boxes(tmp_path, "30,-2.4,11,10", "5,5,9,9", "-20,2,80,80", "40,0,9,9", "37,0,9,9", "-9,0,9,9")
+    listed = list_images(path, clip_boxes=True).images
+    assert listed[0].box == (30, -2, 11, 10)
+    loaded = list(load_images(listed, 10, 10))
+    for one, (x, y, width, height), clipped in zip(
+            loaded, [(30, 0, 10, 8), (5, 5, 9, 9), (0, 2, 40, 28)], [True, False, True], strict=False):
+        assert (one.image.box, one.clipped, one.error) == ((x, y, width, height), clipped, None)
+        expected = Image.fromarray(upright[y:y + height, x:x + width]).resize((10, 10), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(one.pixels, expected)
+    assert [one.error for one in loaded[3:]] == [
+        "f.png (line 5): the box 40, 0, 9, 9 is not within the frame of 40 x 30 pixels",
+        "f.png (line 6) has 3 x 9 pixels, which shows nobody",
+        "f.png (line 7): the box -9, 0, 9, 9 is not within the frame of 40 x 30 pixels"]
+    refused = [one.error for one in load_images(list_images(path).images, 10, 10)]
+    assert "(line 2): the box 30, -2, 11, 10 is not within the frame of 40 x 30 pixels (--clip_boxes cuts" in refused[0]
+    assert refused[1] is None and "--clip_boxes" in refused[2] and refused[3] == loaded[3].error
+
+
+def test_a_box_that_was_cut_is_known_by_what_is_left(tmp_path, monkeypatch):
+    write_image(tmp_path / "f.jpg", (40, 30))
+    path = write_boxes(tmp_path, "30,0,20,10", "5,5,9,9", frame="f.jpg")
+    crossing, within = load_images(list_images(path, clip_boxes=True).images, 8, 8)
+    cut, same = load_images(list_images(write_boxes(tmp_path, "30,0,10,10", "5,5,9,9", name="c.csv", frame="f.jpg")
+                                        ).images, 8, 8)
+    assert (crossing.digest, within.digest) == (cut.digest, same.digest) and crossing.digest != within.digest
+    known = {crossing.digest, within.digest}
+    # Not cut it is another picture, and refused, whatever is known.
+    refused, within = load_images(list_images(path).images, 8, 8, known)
+    assert "is not within the frame" in refused.error and within.pixels is None
+    monkeypatch.setattr(user_images, "open_rgb", None)  # what is known is not decoded
+    again = list(load_images(list_images(path, clip_boxes=True).images, 8, 8, known))
+    assert [(one.digest, one.clipped) for one in again] == [(cut.digest, True), (same.digest, False)]
+    assert all(one.pixels is None and one.error is None for one in again)
 
 
 def test_damaged_files_are_errors_of_the_user_never_bugs(tmp_path):

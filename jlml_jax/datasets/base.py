@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,7 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
 
     _source: Path | None = None  # the original files; None: TFDS's manual_dir, which must be a folder
     _incomplete = ""  # why, if the originals are known to be that
+    _options: Mapping[str, Any] = {}  # of `inspect`
 
     @classmethod
     def inspect(cls, source: Path) -> Originals:
@@ -210,13 +211,16 @@ class BenchmarkBuilder(PersonDatasetBuilder, skip_registration=True):
         return [*originals.defects, *(f"{split} has {found:,} {what} instead of {published:,}"
                                       for split, what, found, published in counts if found != published)]
 
-    def build(self, source: Path | None = None, incomplete: str = "") -> None:
-        """As that of the base; `incomplete` is said in the metadata of a copy known to be that, or degraded."""
-        self._source, self._incomplete = source, incomplete
+    def build(self, source: Path | None = None, incomplete: str = "", **options: Any) -> None:
+        """As that of the base; `incomplete` is said in the metadata of a copy known to be that, or degraded.
+
+        `options` go to `inspect`.
+        """
+        self._source, self._incomplete, self._options = source, incomplete, options
         super().build(source)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        originals = self.inspect(self._source or Path(dl_manager.manual_dir))
+        originals = self.inspect(self._source or Path(dl_manager.manual_dir), **self._options)
         self.info.metadata.clear()  # of what is built over
         self.info.metadata.update(originals.metadata)
         # Differences are recorded unasked too: TFDS's own commands build from whatever they are given.

@@ -12,6 +12,7 @@ import threading
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jlml_jax.datasets.base import DISTRACTOR, JUNK, BenchmarkBuilder, Crop, Originals, parse_names
-from jlml_jax.datasets.images import Box, crop_box, encode_png, open_rgb, orientation
+from jlml_jax.datasets.images import Box, clip_box, crop_box, encode_png, open_rgb, orientation, upright_size
 from jlml_jax.errors import UserError, first_few, printable
 
 SPLITS = ("train", "query", "gallery")
@@ -84,13 +85,15 @@ class Folder(BenchmarkBuilder):
         super().__init__(config=tfds.core.BuilderConfig(name=name), **kwargs)
 
     @classmethod
-    def inspect(cls, source: Path) -> Originals:
+    def inspect(cls, source: Path, clip_boxes: bool = False) -> Originals:
         """Lists the images that the CSV `source` names, or those in the folder `source`, and draws splits if need be.
+
+        With `clip_boxes`, boxes that cross the edge of their frame are cut to it.
 
         Raises:
             UserError: `source` is neither, or what it says of the images cannot be.
         """
-        rows, unexpected, notes = _list_folder(source) if source.is_dir() else _read_csv(source)
+        rows, unexpected, notes = _list_folder(source) if source.is_dir() else _read_csv(source, clip_boxes)
         identities = _in_order({row.identity for row in rows} - set(NOBODY), source, "identities")
         cameras = _in_order({row.camera for row in rows}, source, "cameras")
         if given := any(row.split for row in rows):
@@ -122,7 +125,7 @@ def _refuse(source: Path, offenders: Sequence[str], what: str, remedy: str) -> N
         raise UserError(f"{source}: {len(offenders):,} {what}: {first_few(offenders)}; {remedy}")
 
 
-def _read_csv(path: Path) -> tuple[list[_Row], list[str], list[str]]:
+def _read_csv(path: Path, clip_boxes: bool) -> tuple[list[_Row], list[str], list[str]]:
     """The images that a CSV lists; no unexpected files; notes."""
     lines, notes = read_table(path, COLUMNS, ("split",))
     has_split = any(cells.get("split") for _, cells in lines)
@@ -138,6 +141,9 @@ def _read_csv(path: Path) -> tuple[list[_Row], list[str], list[str]]:
     numbers = [line for line, _ in lines]
     names = _paths_within(path, [(line, cells["image"]) for line, cells in lines])
     boxes = _boxes(path, lines)
+    if clip_boxes:
+        boxes, clipped = _clip(boxes, [path.parent / name for name in names])
+        notes += [told_clipped(clipped)] if clipped else []
     _refuse_repeated(path, numbers, names, boxes)
     if any(re.fullmatch("0+", cells["identity"]) for _, cells in lines):
         notes.append("identity 0 is taken for a person; where it is nobody, write distractor")
@@ -161,6 +167,20 @@ def _boxes(path: Path, lines: Sequence[tuple[int, dict[str, str]]]) -> list[Box 
             bad.append(f"line {line}: {error}")
     _refuse(path, bad, "lines have a bad box", "mend or remove them")
     return boxes
+
+
+def _clip(boxes: Sequence[Box | None], paths: Sequence[Path]) -> tuple[list[Box | None], int]:
+    """The boxes, cut to the frames in `paths`; and how many differ."""
+    frames = sorted({path for path, box in zip(paths, boxes, strict=True) if box})
+    with ThreadPoolExecutor() as pool:
+        sizes = dict(zip(frames, pool.map(upright_size, frames), strict=True))
+    clipped = [box and clip_box(box, sizes[path]) for path, box in zip(paths, boxes, strict=True)]
+    return clipped, sum(one != other for one, other in zip(boxes, clipped, strict=True))
+
+
+def told_clipped(number: int) -> str:
+    """A line to tell the user."""
+    return f"{number:,} boxes cross the edge of their frame and are cut to it"
 
 
 def box_of(cells: Mapping[str, str]) -> Box | None:

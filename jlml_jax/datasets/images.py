@@ -5,6 +5,7 @@ import io
 import struct
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -74,6 +75,24 @@ def orientation(image: Image.Image) -> int | None:
         return None
 
 
+def upright_size(file: Path | BinaryIO) -> tuple[int, int] | None:
+    """Width and height that `open_rgb` gives an image file if upright, mostly without decoding it; None: it is none."""
+    try:
+        with Image.open(file) as image:
+            turned = image.format != "TIFF" and orientation(image) in range(5, 9)  # Pillow's TIFF reader has turned it
+            return image.size[::-1] if turned else image.size
+    except Exception:  # Pillow's plug-ins let through whatever a damaged file makes them stumble over
+        return None  # for open_rgb to say what is wrong with it
+
+
+def clip_box(box: Box, size: tuple[int, int] | None) -> Box:
+    """The part of a box that is within a frame of `size`, its width and height; the box itself if there is none."""
+    x, y, width, height = box
+    right, bottom = map(min, size or (0, 0), (x + width, y + height))
+    left, top = max(x, 0), max(y, 0)
+    return (left, top, right - left, bottom - top) if left < right and top < bottom else box
+
+
 def crop_box(frame: Image.Image, box: Box, name: str) -> Image.Image:
     """The part of a frame that is within a box. Errors say `name`.
 
@@ -82,8 +101,9 @@ def crop_box(frame: Image.Image, box: Box, name: str) -> Image.Image:
     """
     x, y, width, height = box
     if x < 0 or y < 0 or x + width > frame.width or y + height > frame.height:
+        advice = " (--clip_boxes cuts it to the frame)" if clip_box(box, frame.size) != box else ""
         raise UserError(f"{name}: the box {x}, {y}, {width}, {height} is not within the frame of {frame.width} x "
-                        f"{frame.height} pixels")
+                        f"{frame.height} pixels{advice}")
     return shows_somebody(frame.crop((x, y, x + width, y + height)), name)
 
 
