@@ -78,11 +78,14 @@ def full_batches(images: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def refuse_no_images(trial: Trial, config: ml_collections.ConfigDict) -> None:
-    """A UserError if `trial` is to be tested by the statistics of training images, and has none."""
+    """A UserError if `trial` is to be tested by the statistics of training images, or of each camera, and has none."""
     source = config.evaluate.norm_statistics
     if source != "run" and trial.query is not None and not trial.train:
         raise UserError(f"evaluate.norm_statistics={source} is of training images, and {trial.dataset} has none; give "
                         "--config.evaluate.norm_statistics=run")
+    if source == "camera" and trial.query is not None and not trial.cameras_known:
+        raise UserError(f"evaluate.norm_statistics=camera needs cameras, and those of {trial.dataset} are not known; "
+                        "give --config.evaluate.norm_statistics=data, or prepare it with a column camera")
 
 
 def adapted(statistics: Statistics, variables: dict[str, Any], split: Split, source: str,

@@ -18,9 +18,9 @@ from jlml_jax.datasets.images import decode_image
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.files import user_path
 
-_DETAILS = """A CSV for folder/NAME has the columns image,identity,camera[,split][,x,y,width,height]; its paths are
-relative to its folder and cannot leave it; a box (pixels of the upright frame) is cropped, and must lie within the
-frame, or be cut to it by --clip_boxes.
+_DETAILS = """A CSV for folder/NAME has the columns image,identity[,camera][,split][,x,y,width,height]; its paths are
+relative to its folder and cannot leave it. Without camera, every image counts as a camera of its own. A box (pixels
+of the upright frame) is cropped, and must lie within the frame, or be cut to it by --clip_boxes.
 
 examples:
   python -m jlml_jax.prepare market1501 --source=Market-1501-v15.09.15

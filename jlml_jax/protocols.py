@@ -43,6 +43,7 @@ class Trial:
     offsets: dict[str, int] = dataclasses.field(default_factory=dict)
     # By data set, where numbers mean nothing outside of it: identity i is called names[i - 1].
     names: dict[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    cameras_known: bool = True  # else every image of a data set of the user's own counts as a camera of its own
 
     def identities(self) -> np.ndarray:
         """The training identities, sorted, int64 [C]: class c of a classifier is the person identities()[c]."""
@@ -58,9 +59,14 @@ class Trial:
 
     def camera_one_hot(self) -> np.ndarray:
         """The cameras of the training images, float32 [N, number of cameras], one-hot; each data set has its own."""
+        cameras = self.camera_numbers()
+        return np.eye(cameras.max() + 1, dtype=np.float32)[cameras]
+
+    def camera_numbers(self) -> np.ndarray:
+        """The cameras of the training images, numbered from 0, int64 [N]; each data set has its own."""
         dataset = np.searchsorted(sorted(self.offsets.values()), self.train.identities)
         _, camera = np.unique(np.stack([dataset, self.train.cameras]), axis=1, return_inverse=True)
-        return np.eye(camera.max() + 1, dtype=np.float32)[camera.ravel()]  # NumPy 2.0 has a second axis
+        return camera.ravel()  # NumPy 2.0 has a second axis
 
     def people(self) -> dict[str, list[int] | list[str]]:
         """The training identities by data set, in the order of the classes; by name where they have one."""
@@ -137,7 +143,7 @@ def _hold_out(trial: Trial, number: int) -> Trial:
     if train is None or trial.validation is not None:
         raise UserError(f"{trial.dataset} has no people to hold out; set data.held_out_identities=0")
     if trial.offsets:  # each data set has its own cameras, also where they go by one number
-        train = dataclasses.replace(train, cameras=trial.camera_one_hot().argmax(axis=1))
+        train = dataclasses.replace(train, cameras=trial.camera_numbers())
     pairs = np.unique(np.stack([train.identities, train.cameras], 1), axis=0)
     people, cameras = np.unique(pairs[:, 0], return_counts=True)
     several = people[cameras > 1]
@@ -148,10 +154,16 @@ def _hold_out(trial: Trial, number: int) -> Trial:
     chosen = np.random.RandomState(trial.number).permutation(several)[:number]
     gallery = _of(train, chosen)
     _, first = np.unique(np.stack([gallery.identities, gallery.cameras], 1), axis=0, return_index=True)
-    return _checked(Trial(trial.dataset, f"{number} training identities held out", trial.number,
+    protocol = f"{number} training identities held out{_cameras_told(trial.cameras_known)}"
+    return _checked(Trial(trial.dataset, protocol, trial.number,
                           train=_of(train, np.setdiff1d(people, chosen)), query=gallery.select(np.sort(first)),
                           gallery=gallery, incomplete=trial.incomplete, offsets=trial.offsets,
-                          names=trial.names))
+                          names=trial.names, cameras_known=trial.cameras_known))
+
+
+def _cameras_told(known: bool) -> str:
+    """What the name of a protocol says of them."""
+    return "" if known else ", cameras unknown"
 
 
 def tests(name: str, data: ml_collections.ConfigDict) -> list[Trial]:
@@ -199,7 +211,7 @@ def _with_distractors(trial: Trial, distractors: Sequence[Split]) -> Trial:
 def _fixed_splits(name: str, data: ml_collections.ConfigDict) -> Protocol:
     """Market-1501, and sets like it: the splits are train, query, gallery and perhaps multi_query themselves."""
     splits = datasets.load(name, ("train", "query", "gallery", "multi_query"), data.data_dir)
-    incomplete, names = _incomplete(name, data), _names(name, data)
+    incomplete, names, known = _incomplete(name, data), _names(name, data), _cameras_known(name, data)
 
     def trial(number: int) -> Trial:
         parts = dict(splits)
@@ -207,7 +219,8 @@ def _fixed_splits(name: str, data: ml_collections.ConfigDict) -> Protocol:
             everyone, query = parts["multi_query"], parts["query"]
             rows = np.flatnonzero(_in(_person_cameras(everyone), _person_cameras(query)))
             parts["multi_query"] = everyone.select(rows) if len(rows) else None  # none in an incomplete copy
-        return _checked(Trial(name, "single-query", number, **parts, incomplete=incomplete, names=names))
+        return _checked(Trial(name, f"single-query{_cameras_told(known)}", number, **parts, incomplete=incomplete,
+                              names=names, cameras_known=known))
     return Protocol(1, trial)
 
 
@@ -313,7 +326,8 @@ def _union(name: str, data: ml_collections.ConfigDict) -> Protocol:
     name = joined_name(name, data.joined_splits)
     trial = Trial(name, "all identities" if data.joined_splits == "all" else "training identities",
                   train=dataclasses.replace(_join(parts), dataset=name), offsets=offsets,
-                  incomplete="; ".join(incomplete), names=people)
+                  incomplete="; ".join(incomplete), names=people,
+                  cameras_known=all(_cameras_known(one, data) for one in names))
     return Protocol(1, lambda number: trial)
 
 
@@ -407,6 +421,10 @@ def _names(name: str, data: ml_collections.ConfigDict) -> dict[str, Sequence[str
     """`Trial.names` of a data set: one of the user's own has numbers that are of one preparation alone."""
     names = datasets.names(name, data.data_dir).identities
     return {name: names} if names else {}
+
+
+def _cameras_known(name: str, data: ml_collections.ConfigDict) -> bool:
+    return datasets.names(name, data.data_dir).cameras is not None
 
 
 def _incomplete(name: str, data: ml_collections.ConfigDict) -> str:

@@ -295,7 +295,7 @@ def _ranked_list(trial: Trial, names: Names, group: str, q: int, distances: np.n
 
     def crop(split: Split, index: int) -> dict[str, Any]:
         return {"index": index, "name": str(split.names[index]), "identity": names.identity(split.identities[index]),
-                "camera": names.camera(split.cameras[index])}
+                "camera": names.camera(split.cameras[index]) or "unknown"}
 
     return crop(trial.query, q) | {
         "group": group, "precision": precisions[q], "first_rank": int(first_ranks[q]),

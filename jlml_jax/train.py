@@ -191,6 +191,9 @@ def _check_run(command: Command, given_config: ml_collections.ConfigDict, workdi
                             f"--config.evaluate.datasets={trial.dataset}, or start from it (--config.init_from) in "
                             "--config.train.steps=0")
         trial = dataclasses.replace(trial, train=trial.gallery.select(np.arange(0)))
+    if config.train.norm_by_camera and not trial.cameras_known:
+        raise UserError(f"train.norm_by_camera=True needs cameras, and those of {trial.dataset} are not known; leave "
+                        "it False, or prepare the data with a column camera")
     config.data.loader = choose_loader(config, trial.train, command.mesh)
     if command.mode != "evaluate" and config.train.steps:
         groups = sampling.identity_groups(trial.labels(), config.train.images_per_identity)

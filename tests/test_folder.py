@@ -17,11 +17,12 @@ from processes import WITHOUT_TENSORFLOW, run_program
 from splits import drawing
 
 from configs import default
-from jlml_jax import datasets, input_pipeline, prepare, protocols
+from jlml_jax import datasets, evaluate, input_pipeline, prepare, protocols, result_rows
 from jlml_jax.datasets import folder
 from jlml_jax.datasets.folder import Folder
 from jlml_jax.datasets.images import decode_image
 from jlml_jax.errors import UserError
+from jlml_jax.train import train_and_evaluate
 from jlml_jax.user_images import list_images, load_one
 
 HEADER = "image,identity,camera,split"
@@ -184,13 +185,13 @@ def test_files_that_are_no_csv(shop, refusal):
     path = shop / "people.csv"
     assert f"there is no {path}; give a CSV file or a folder of images" in refusal(path)
     for content, told in (
-        ("", "is empty; its first line must name the columns image, identity, camera"),
+        ("", "is empty; its first line must name the columns image, identity"),
         (" \n,,\n", "is empty"),
         (HEADER + "\n", "lists no images"),
-        ("a.png,1,1\n", "has no column image and no column identity and no column camera: its first line is 'a.png,"),
+        ("a.png,1,1\n", "has no column image and no column identity: its first line is 'a.png,1,1', but must name"),
         ("image;identity;camera\na;1;1\n", "its first line is 'image;identity;camera', but must name image, identity, "
-                                           "camera, with commas between them"),
-        ("image,identity,cam\na,1,1\n", "has no column camera: its"),
+                                           "with commas between them"),
+        ("image,id,camera\na,1,1\n", "has no column identity: its"),
         ("image,identity,camera,image\na,1,1,b\n", "has two columns image"),
         ('image,identity,camera\n"a.png,1,1\nb.png,1,1\n', "people.csv, line 3: unexpected end of data; mend the quot"),
     ):
@@ -420,6 +421,77 @@ def test_nobody_is_drawn_into_the_gallery(write):
     splits, _, _ = drawn(write, {identity: {1: 2, 2: 2} for identity in range(6)}, *nobody)
     assert Counter(identity for identity, _ in splits["gallery"].values() if identity < 1) == {0: 5, -1: 5}
     assert all(identity > 0 for split in ("train", "query") for identity, _ in splits[split].values())
+
+
+UNKNOWN = ("cameras are not known, so that every image counts as a camera of its own: neighbouring frames of one video "
+           "make results look better than they are")
+
+
+@pytest.mark.parametrize("header, end", [("image,identity", ""), ("image,identity,camera", ",")])
+def test_without_cameras_one_image_of_each_is_a_query(write, header, end):
+    lines = [f"{identity}_{index}.png,{identity}{end}" for identity in "abcdefghijkl"
+             for index in range(1 if identity in "abcdef" else 3)]
+    splits, metadata, notes = inspect(write(*lines, "n.png,distractor" + end, header=header))
+    assert metadata == {"identities": [*"abcdefghijkl"], "cameras": []}
+    queries, gallery = of_identity(splits["query"]), of_identity(splits["gallery"])
+    alone = 6 - len(queries)
+    assert 0 < alone < 5 and {*queries} < {*gallery}
+    assert notes == (UNKNOWN, "splits are drawn: 6 of 12 identities for training, 6 for the test",
+                     f"{alone} of the 6 test identities have one image alone: they are in the gallery, and no queries")
+    assert {(len(cameras), len(gallery[identity])) for identity, cameras in queries.items()} == {(1, 2)}
+    assert len({name[2] for name in splits["query"]}) > 1  # not always the first
+    cameras = [camera for images in splits.values() for _, camera in images.values()]
+    assert sorted(cameras) == list(range(1, 6 + 18 + 1 + 1))  # one each
+
+
+def test_without_cameras_and_without_a_match(write, refusal):
+    splits, _, notes = inspect(write("a.png,1", "b.png,2", header="image,identity"))
+    assert list(splits) == ["train"]
+    assert notes[2] == "nobody has two images: good for training alone"
+    _, _, notes = inspect(write("a.png,1,query", "b.png,2,query", "c.png,1,gallery", header="image,identity,split"))
+    assert notes == (UNKNOWN, "1 of 2 queries have no image of their identity in the gallery: b.png")
+    error = refusal(write("a.png,1,door", "b.png,2,", header="image,identity,camera"))
+    assert "1 lines lack a cell: line 3 (camera);" in error
+
+
+def test_a_set_without_cameras_says_so(write, prepared, tmp_path):
+    prepared(write(*(f"{identity}_{index}.png,{identity}" for identity in "abcdefgh" for index in range(3)),
+                   header="image,identity"))
+    assert prepared.out.splitlines()[0] == UNKNOWN
+    assert datasets.names("folder/shop", tmp_path / "data").camera(3) == ""
+    config = default.get_config()
+    config.data.data_dir = str(tmp_path / "data")
+    trial = protocols.load("folder/shop", config.data).trial(0)
+    assert (trial.protocol, trial.cameras_known) == ("single-query, cameras unknown", False)
+    assert (len(trial.train), len(trial.query), len(trial.gallery)) == (12, 4, 8)
+    row, = evaluate.evaluate_trials(
+        [trial], lambda split: {"global": split.identities[:, None].astype(np.float32)}, config.evaluate)
+    assert (row["protocol"], row["num_queries"], row["num_gallery"], row["rank1"]) == (trial.protocol, 4, 8, 1)
+    assert "folder/shop, single-query, cameras unknown, 4 queries" in result_rows.format_rows([row])
+
+    # People held out: each image is searched for among their others.
+    config.data.held_out_identities = 2
+    held_out = protocols.load("folder/shop", config.data).trial(0)
+    assert held_out.protocol == "2 training identities held out, cameras unknown"
+    assert (len(held_out.query), len(held_out.gallery), held_out.cameras_known) == (6, 6, False)
+    prepare.prepare("folder/known", write("a.png,ann,door,train", "b.png,ann,till,train"), tmp_path / "data")
+    for name, number in (("folder/known+folder/shop", 26), ("folder/known", 2)):
+        config.data.held_out_identities = 0
+        trial = protocols.load(name, config.data).trial(0)
+        assert trial.cameras_known == (number == 2) and set(trial.camera_numbers()) == set(range(number))
+
+
+def test_what_needs_cameras_is_refused_without(write, prepared, tiny_config, tmp_path):
+    prepared(write(*(f"{identity}_{index}.png,{identity}" for identity in range(8) for index in range(3)),
+                   header="image,identity"))
+    tiny_config.data.name, tiny_config.data.data_dir = "folder/shop", str(tmp_path / "data")
+    for field, told in (("train.norm_by_camera", "train.norm_by_camera=True needs cameras, and those of folder/shop"),
+                        ("evaluate.norm_statistics", "evaluate.norm_statistics=camera needs cameras, and those of f")):
+        config = tiny_config.copy_and_resolve_references()
+        config.update_from_flattened_dict({field: True if "train" in field else "camera"})
+        with pytest.raises(UserError, match=told):
+            train_and_evaluate(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_draw_is_of_the_annotation_alone(write):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from jlml_jax import datasets, evaluate, metrics, parallel, pictures, protocols, report
 from jlml_jax.checkpoints import load_run
+from jlml_jax.datasets import Names
 from jlml_jax.datasets.folder import Folder
 from jlml_jax.distances import l2_distances
 from jlml_jax.models import build_model
@@ -506,3 +507,10 @@ def test_without_scripts_everything_is_shown(visit):
     assert shown(tab) == 15 and not tab.is_visible("form.tools")
     tab.check("input[value=local]")
     assert tab.locator("article .layer.local").first.is_visible()
+
+
+def test_cameras_that_are_not_known_are_said_to_be(trial):
+    rows = len(trial.query)
+    one = report._ranked_list(trial, Names(cameras=None), "best", 0, np.zeros(len(trial.gallery)), np.ones(rows, int),
+                              np.ones(rows))
+    assert {one["camera"], *(hit["camera"] for hit in one["gallery"])} == {"unknown"}

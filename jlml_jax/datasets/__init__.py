@@ -99,7 +99,7 @@ class Names:
     """What people and cameras of a data set are called: in one of the user's own as they did, else by number."""
 
     identities: Sequence[str] = ()
-    cameras: Sequence[str] = ()
+    cameras: Sequence[str] | None = ()  # None: not known, every image counts as one of its own
 
     def identity(self, number: int) -> str:
         if number == DISTRACTOR:
@@ -109,6 +109,8 @@ class Names:
     def camera(self, number: int) -> str:
         if number < 0:
             return "another"  # extra distractors', as protocols has it
+        if self.cameras is None:
+            return ""
         return self.cameras[number - 1] if self.cameras else str(number)
 
 
@@ -117,7 +119,7 @@ def names(name: str, data_dir: str | None = None) -> Names:
     if not name.startswith("folder/") or "+" in name:
         return Names()
     found = metadata(name, data_dir)
-    return Names(found["identities"], found["cameras"])
+    return Names(found["identities"], found["cameras"] or None)
 
 
 def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:

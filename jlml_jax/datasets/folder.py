@@ -24,7 +24,8 @@ from jlml_jax.datasets.images import Box, clip_box, crop_box, encode_png, open_r
 from jlml_jax.errors import UserError, first_few, printable
 
 SPLITS = ("train", "query", "gallery")
-COLUMNS = ("image", "identity", "camera")  # and, optionally, split and those of a box
+COLUMNS = ("image", "identity")
+OPTIONAL_COLUMNS = ("camera", "split")  # and those of a box
 BOX_COLUMNS = ("x", "y", "width", "height")
 NOBODY = {"distractor": DISTRACTOR, "junk": JUNK}  # words in the place of an identity
 FOLDERS = {"train": ("train", "bounding_box_train"), "query": ("query",), "gallery": ("gallery", "bounding_box_test")}
@@ -47,7 +48,7 @@ class _Row:
     path: Path
     name: str  # within the folder; with the box, if it is one of a frame
     identity: str
-    camera: str
+    camera: str  # empty: not known
     split: str  # empty: to be drawn
     origin: str  # for messages
     box: Box | None = None  # None: all of the image
@@ -62,7 +63,8 @@ class Folder(BenchmarkBuilder):
     any text, numbered from 1 on in sorted order, in that of numbers if all are numbers. The metadata has
 
     - `identities`: those texts; that of identity i is at i - 1.
-    - `cameras`: likewise.
+    - `cameras`: likewise; none if they are not known. Every image then has a camera of its own, so that all images of a
+      person match each other.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -70,7 +72,8 @@ class Folder(BenchmarkBuilder):
     DESCRIPTION = "Crops of people, of the user's own."
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Give a CSV file with the columns image (a path within the CSV's folder), identity (any text; distractor and "
-        "junk are nobody), camera (any text) and, unless it is to be drawn, split (train, query or gallery); where "
+        "junk are nobody), camera (any text; leave the column out where cameras are not known) and, unless it is to be "
+        "drawn, split (train, query or gallery); where "
         "images are full frames, also x, y, width and height of a box a line, in pixels of the upright frame. Or give "
         f"a folder of images named like {_EXAMPLE}: the identity, 0 for a distractor, -1 for junk, and after _c the "
         "camera; the images in it are split at random, those in its folders train, query and gallery are not."
@@ -95,24 +98,31 @@ class Folder(BenchmarkBuilder):
         """
         rows, unexpected, notes = _list_folder(source) if source.is_dir() else _read_csv(source, clip_boxes)
         identities = _in_order({row.identity for row in rows} - set(NOBODY), source, "identities")
-        cameras = _in_order({row.camera for row in rows}, source, "cameras")
+        if known := any(row.camera for row in rows):
+            cameras = _in_order({row.camera for row in rows}, source, "cameras")
+        else:
+            rows = [dataclasses.replace(row, camera=row.name) for row in rows]
+            cameras = sorted(row.camera for row in rows)
+            notes.append("cameras are not known, so that every image counts as a camera of its own: neighbouring "
+                         "frames of one video make results look better than they are")
         if given := any(row.split for row in rows):
             splits = {split: [row for row in rows if row.split == split] for split in SPLITS}
             _check_splits(splits, source)
         else:
-            splits, told = _draw_splits(rows, identities)
+            splits, told = _draw_splits(rows, identities, known)
             notes += told
-        notes += _notes_on_queries(splits)
+        notes += _notes_on_queries(splits, known)
         if (splits["query"] or not given) and not _seen_by_several(rows):
-            notes.append("nobody is seen by two cameras, but a match must come from another camera than the query's: "
-                         "good for training alone")
+            notes.append(("nobody is seen by two cameras, but a match must come from another camera than the query's"
+                          if known else "nobody has two images") + ": good for training alone")
         numbers = NOBODY | {name: number for number, name in enumerate(identities, 1)}
         camera_numbers = {name: number for number, name in enumerate(cameras, 1)}
         frames = functools.lru_cache(_FRAMES_KEPT)(_Frame)
         crops = {split: [Crop(row.name, numbers[row.identity], camera_numbers[row.camera], row.origin,
                               functools.partial(_read, row, frames)) for row in _by_frame(listed)]
                  for split, listed in splits.items() if listed}
-        return Originals(crops, unexpected, {"identities": identities, "cameras": cameras}, tuple(notes))
+        return Originals(crops, unexpected, {"identities": identities, "cameras": cameras if known else []},
+                         tuple(notes))
 
 
 # What a CSV of images may not have as an identity, and what instead.
@@ -127,13 +137,13 @@ def _refuse(source: Path, offenders: Sequence[str], what: str, remedy: str) -> N
 
 def _read_csv(path: Path, clip_boxes: bool) -> tuple[list[_Row], list[str], list[str]]:
     """The images that a CSV lists; no unexpected files; notes."""
-    lines, notes = read_table(path, COLUMNS, ("split",))
-    has_split = any(cells.get("split") for _, cells in lines)
-    needed = [*COLUMNS, *["split"] * has_split, *(BOX_COLUMNS if "x" in lines[0][1] else ())]
+    lines, notes = read_table(path, COLUMNS, OPTIONAL_COLUMNS)
+    given = [column for column in OPTIONAL_COLUMNS if any(cells.get(column) for _, cells in lines)]
+    needed = [*COLUMNS, *given, *(BOX_COLUMNS if "x" in lines[0][1] else ())]
     _refuse(path, [f"line {line} ({', '.join(empty)})" for line, cells in lines
                    if (empty := [column for column in needed if not cells[column]])],
             "lines lack a cell", "fill them in or remove the lines")
-    if has_split:
+    if "split" in given:
         _refuse(path, [f"line {line} ({cells['split']})" for line, cells in lines if cells["split"] not in SPLITS],
                 "lines have an unknown split", f"known are {', '.join(SPLITS)}")
     _refuse(path, [f"line {line}" for line, cells in lines if cells["identity"] == str(JUNK)],
@@ -147,8 +157,8 @@ def _read_csv(path: Path, clip_boxes: bool) -> tuple[list[_Row], list[str], list
     _refuse_repeated(path, numbers, names, boxes)
     if any(re.fullmatch("0+", cells["identity"]) for _, cells in lines):
         notes.append("identity 0 is taken for a person; where it is nobody, write distractor")
-    rows = [_Row(path.parent / name, name + _told(box), cells["identity"], cells["camera"],
-                 cells["split"] if has_split else "", f"{name} (line {line})" if box else name, box)
+    rows = [_Row(path.parent / name, name + _told(box), cells["identity"], cells.get("camera", ""),
+                 cells.get("split", ""), f"{name} (line {line})" if box else name, box)
             for name, box, (line, cells) in zip(names, boxes, lines, strict=True)]
     return rows, [], notes
 
@@ -352,9 +362,11 @@ def _check_splits(splits: Mapping[str, Sequence[_Row]], source: Path) -> None:
             "the result would mean nothing: give each to training or to the test")
 
 
-def _draw_splits(rows: Sequence[_Row], identities: Sequence[str]) -> tuple[dict[str, list[_Row]], list[str]]:
+def _draw_splits(rows: Sequence[_Row], identities: Sequence[str], cameras_known: bool
+                 ) -> tuple[dict[str, list[_Row]], list[str]]:
     """Half of the people train; of each of the others an image a camera is a query if the gallery keeps a true match.
 
+    Where cameras are not known, and each image has one of its own, one image of each is a query if there are others.
     Where that leaves no queries, all people train, and there is no test. The draw depends on the annotation alone, not
     on the order of `rows`. Returns the splits, and notes.
     """
@@ -376,8 +388,10 @@ def _draw_splits(rows: Sequence[_Row], identities: Sequence[str]) -> tuple[dict[
             continue
         cameras = sorted(of_camera)
         alone += len(cameras) == 1
+        if not cameras_known:
+            cameras = [cameras[rng.integers(len(cameras))]] if len(cameras) > 1 else []
         # Images are left for the gallery by two cameras, so that each query finds another camera's there.
-        if sum(len(of_camera[camera]) > 1 for camera in cameras) < 2:
+        elif sum(len(of_camera[camera]) > 1 for camera in cameras) < 2:
             cameras.remove(cameras[rng.integers(len(cameras))])
         queries = {of_camera[camera][rng.integers(len(of_camera[camera]))] for camera in cameras}
         for row in itertools.chain(*of_camera.values()):
@@ -390,7 +404,8 @@ def _draw_splits(rows: Sequence[_Row], identities: Sequence[str]) -> tuple[dict[
             f"no test is drawn, as it would have no queries: {len(order):,} identities, all for training"]
     notes = [f"splits are drawn: {num_train:,} of {len(order):,} identities for training, {num_test:,} for the test"]
     if alone:
-        notes.append(f"{alone:,} of the {num_test:,} test identities are seen by one camera alone: they are in the "
+        notes.append(f"{alone:,} of the {num_test:,} test identities "
+                     f"{'are seen by one camera alone' if cameras_known else 'have one image alone'}: they are in the "
                      "gallery, and no queries")
     return splits, notes
 
@@ -401,7 +416,7 @@ def _seen_by_several(rows: Iterable[_Row]) -> bool:
     return len(pairs) > len({identity for identity, _ in pairs})
 
 
-def _notes_on_queries(splits: Mapping[str, Sequence[_Row]]) -> list[str]:
+def _notes_on_queries(splits: Mapping[str, Sequence[_Row]], cameras_known: bool) -> list[str]:
     if splits["train"] and not splits["query"] and {row.identity for row in splits["gallery"]} - set(NOBODY):
         return ["there are no queries, so that the people of the gallery are not searched for: good for training alone"]
     cameras = defaultdict(set)
@@ -410,8 +425,8 @@ def _notes_on_queries(splits: Mapping[str, Sequence[_Row]]) -> list[str]:
     alone = [row.name for row in splits["query"] if not cameras[row.identity] - {row.camera}]
     if not alone:
         return []
-    return [f"{len(alone):,} of {len(splits['query']):,} queries have no image of their identity from another camera "
-            f"in the gallery: {first_few(alone)}"]
+    return [f"{len(alone):,} of {len(splits['query']):,} queries have no image of their identity "
+            f"{'from another camera ' * cameras_known}in the gallery: {first_few(alone)}"]
 
 
 class _Frame:
