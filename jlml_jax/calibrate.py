@@ -17,11 +17,12 @@ from jlml_jax.datasets.folder import NOBODY
 from jlml_jax.errors import UserError, exit_status, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, load_extractor, tell_unknown_cameras
 from jlml_jax.files import user_path
+from jlml_jax.protocols import Trial
 
 _DETAILS = """All pairs of the images count: the same person from different cameras, and different persons. In a file of
 features, the identity distractor is somebody else, who is not told apart from other distractors; junk does not
-count, and nor does an image without an identity. The thresholds go to RUN/calibration.json, where search and
-compare find them.
+count, and nor does an image without an identity. Where no camera is known, all pairs of a person's images count. The
+thresholds go to RUN/calibration.json, where search and compare find them.
 
 examples:
   python -m jlml_jax.calibrate --workdir=runs/market1501
@@ -32,8 +33,8 @@ examples:
 _Labelled = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _labelled_test(workdir: Path, dataset: str | None, extractor: Extractor) -> tuple[_Labelled, str]:
-    """The query and gallery images of the run's own trial, or of the first trial of another `dataset`; and its name.
+def _labelled_test(workdir: Path, dataset: str | None, extractor: Extractor) -> tuple[_Labelled, Trial]:
+    """The query and gallery images of the run's own trial, or of the first trial of another `dataset`; and that trial.
 
     Raises:
         UserError: it has none, or the run was trained on any of their people.
@@ -67,18 +68,23 @@ def _labelled_test(workdir: Path, dataset: str | None, extractor: Extractor) -> 
             features.append(extractor(rows.decode(extractor.height, extractor.width),
                                       names[start:start + extractor.batch_size]))
     labels = (np.concatenate([getattr(split, field) for split in splits]) for field in ("identities", "cameras"))
-    return (np.concatenate(features), *labels), trial.dataset
+    return (np.concatenate(features), *labels), trial
 
 
-def _labelled_features(path: Path, extractor: Extractor) -> _Labelled:
-    """A file that extract has made. Its identities and cameras are text, and become numbers here."""
+def _labelled_features(path: Path, extractor: Extractor) -> tuple[_Labelled, bool]:
+    """A file that extract has made, and whether any camera is known: if not, each image counts as one of its own.
+
+    Its identities and cameras are text, and become numbers here.
+    """
     table = features_file.read(path)
     check_fingerprint(str(path), table.fingerprint, extractor)
     _, identities = np.unique(table.identities, return_inverse=True)
     identities += 1
     for word, number in {**NOBODY, "": JUNK}.items():
         identities[table.identities == word] = number
-    return table.features, identities, np.unique(table.cameras, return_inverse=True)[1]
+    known = bool((table.cameras != "").any())
+    cameras = np.unique(table.cameras, return_inverse=True)[1] if known else np.arange(len(table))
+    return (table.features, identities, cameras), known
 
 
 def calibrate(workdir: str | Path, *, dataset: str | None = None, features: str | None = None) -> None:
@@ -92,16 +98,19 @@ def calibrate(workdir: str | Path, *, dataset: str | None = None, features: str 
     workdir = user_path(workdir)
     extractor = load_extractor(workdir)
     if features is not None:
-        labelled = _labelled_features(user_path(features), extractor)
+        labelled, cameras_known = _labelled_features(user_path(features), extractor)
         source = {"features": Path(features).name}
     else:
-        labelled, name = _labelled_test(workdir, dataset, extractor)
-        source = {"dataset": name}
+        labelled, trial = _labelled_test(workdir, dataset, extractor)
+        cameras_known, source = trial.cameras_known, {"dataset": trial.dataset}
+    if not cameras_known:
+        print("cameras are not known: all pairs of a person's images count, also those by one camera, which are nearer")
     source |= {"images": len(labelled[0]), "identities": len(np.unique(labelled[1][labelled[1] > DISTRACTOR]))}
     result = calibration.calibrate(calibration.count_pairs(*labelled))
     path = calibration.save(workdir, result, extractor, source)
-    print(f"{source['images']:,} images of {source['identities']:,} people: {result['pairs']['same']:,} pairs of the "
-          f"same person from different cameras, {result['pairs']['different']:,} of different people")
+    pairs, same = result["pairs"], "the same person" + " from different cameras" * cameras_known
+    print(f"{source['images']:,} images of {source['identities']:,} people: {pairs['same']:,} pairs of {same}, "
+          f"{pairs['different']:,} of different people")
     print(f"{'false accept rate':<20}{'threshold':>12}{'pairs behind it':>18}{'true accept rate':>19}")
     for entry in result["thresholds"]:
         if entry["threshold"] is None:

@@ -212,6 +212,18 @@ def test_a_file_of_features(run_command, workdir, tiny_extractor, tmp_path):
     assert content["source"] == {"features": "own.npz", "images": 60, "identities": 5}
 
 
+def test_without_cameras_all_pairs_of_a_person_count(run_command, workdir, tiny_extractor, tmp_path):
+    rng = np.random.default_rng(0)
+    features, identities = rng.standard_normal((30, 32)).astype(np.float32), rng.integers(1, 6, 30)
+    table = features_file.FeaturesFile(features, np.full(30, "f"), identities.astype(str), np.full(30, ""), None, "/",
+                                       tiny_extractor.fingerprint)
+    features_file.write(tmp_path / "own.npz", table)
+    status, out, err = run_command(calibrate, f"--workdir={workdir}", f"--features={tmp_path / 'own.npz'}")
+    assert status == 0, err
+    pairs = sum(number * (number - 1) // 2 for number in np.bincount(identities))
+    assert "cameras are not known" in out and f"{pairs} pairs of the same person, {435 - pairs} of" in out
+
+
 def test_too_few_pairs_are_told_from_no_calibration(run_command, workdir, tiny_extractor, tmp_path):
     assert "first" in calibration.load_verdicts(workdir, tiny_extractor).why_none
     features = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
