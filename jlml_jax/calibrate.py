@@ -104,7 +104,8 @@ def calibrate(workdir: str | Path, *, dataset: str | None = None, features: str 
         labelled, trial = _labelled_test(workdir, dataset, extractor)
         cameras_known, source = trial.cameras_known, {"dataset": trial.dataset}
     if not cameras_known:
-        print("cameras are not known: all pairs of a person's images count, also those by one camera, which are nearer")
+        print("where cameras are not known, all pairs of a person's images count, also those by one camera, which are "
+              "nearer")
     source |= {"images": len(labelled[0]), "identities": len(np.unique(labelled[1][labelled[1] > DISTRACTOR]))}
     result = calibration.calibrate(calibration.count_pairs(*labelled))
     path = calibration.save(workdir, result, extractor, source)

@@ -69,8 +69,8 @@ def count_pairs(features: np.ndarray, identities: np.ndarray, cameras: np.ndarra
             same += np.bincount(codes[equal], minlength=bins)
             different += np.bincount(codes[other], minlength=bins)
     if not same.any():
-        raise UserError(f"no two of the {len(features):,} images show one person from different cameras; give images "
-                        "with identities and cameras, of more cameras than one")
+        raise UserError(f"no two of the {len(features):,} images show one person, from different cameras where these "
+                        "are known; give images with identities, of persons seen by more cameras than one")
     if not different.any():
         raise UserError(f"no two of the {len(features):,} images show different persons; give images of more persons")
     return PairCounts(same, different)

@@ -88,6 +88,8 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: d
                     free.append("data.trials")
                 if "cuhk03/" not in config.data.name:  # for evaluate.datasets alone
                     free.append("data.cuhk03_")
+                if "+" not in config.data.name:
+                    free.append("data.joined_splits")
                 _refuse_difference(workdir, _read_json(config_path), json.loads(config.to_json()), tuple(free))
                 # Its fingerprint says who was trained on, and how they are numbered.
                 if label_map is not None and any(_read_json(labels_path).get(field) != label_map.get(field)

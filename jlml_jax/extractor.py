@@ -17,7 +17,7 @@ from PIL import Image
 from jlml_jax import camera_statistics, evaluate, parallel
 from jlml_jax.camera_statistics import CameraStatistics
 from jlml_jax.checkpoints import SavedRun, load_run
-from jlml_jax.datasets.images import as_a_viewer_shows, refuse_deep, resize
+from jlml_jax.datasets.images import resize, shows_somebody, upright_rgb
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.models import build_model, is_identity_layer
 from jlml_jax.user_images import LoadedImage, UserImage, load_one, read_batches, tell_clipped
@@ -108,7 +108,7 @@ class Extractor:
 
         Raises:
             ValueError: a crop is none of these, or there is not a camera for each.
-            UserError: a file, or an image of Pillow's, cannot be used.
+            UserError: a crop does not decode, or is too small to show anybody.
         """
         if isinstance(crops, str | Path):
             raise ValueError("crops must be a sequence of crops, not one file")
@@ -126,15 +126,14 @@ class Extractor:
         if isinstance(crop, str | Path):
             return load_one(UserImage(Path(crop), str(crop)), self.height, self.width)
         if isinstance(crop, Image.Image):
-            refuse_deep(crop, name)
-            image = as_a_viewer_shows(crop)
+            image = upright_rgb(crop, name)
         else:
             pixels = np.asarray(crop)
             if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.shape[2:] == (3,)) or not pixels.size:
                 raise ValueError(f"{name} must be uint8 [h, w, 3] or [h, w], an image of Pillow's or a file, got "
                                  f"{pixels.dtype} {list(pixels.shape)}")
             image = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
-        return np.asarray(resize(image, self.height, self.width))
+        return np.asarray(resize(shows_somebody(image, name), self.height, self.width))
 
     def _variables_of(self, cameras: Sequence[str]) -> Any:
         """What the network takes for a batch of these cameras, with statistics [B, channels] if they differ."""

@@ -43,8 +43,8 @@ class FeaturesFile:
     def __len__(self) -> int:
         return len(self.features)
 
-    def rows_of(self, images: Sequence[UserImage], digests: Sequence[bytes]) -> np.ndarray:
-        """The rows of these images, int64 [M]; by their files and boxes: the file of features has no `digests`."""
+    def rows_of(self, images: Sequence[UserImage]) -> np.ndarray:
+        """The rows of these images, int64 [M], by their files, whatever links lead to them, and boxes."""
         wanted = {(os.path.realpath(image.path), image.box) for image in images}
         return np.array([row for place in wanted for row in self._rows_by_place.get(place, ())], np.int64)
 
@@ -53,7 +53,7 @@ class FeaturesFile:
         places = {}
         for row, file in enumerate(self.files.tolist()):
             box = None if self.boxes is None else tuple(self.boxes[row].tolist())
-            places.setdefault((os.path.join(self.root, file), box), []).append(row)
+            places.setdefault((os.path.realpath(os.path.join(self.root, file)), box), []).append(row)
         return places
 
     def image(self, row: int) -> UserImage:

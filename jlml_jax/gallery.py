@@ -127,10 +127,6 @@ class Gallery:
         return {digest: camera for digest in digests
                 for camera, in self._query("SELECT camera FROM images WHERE digest = ?", digest)}
 
-    def rows_of(self, images: Sequence[UserImage], digests: Sequence[bytes]) -> np.ndarray:
-        """The rows of the same images as these, int64 [M]; by their `digests`, whatever their names."""
-        return self.rows(digests)
-
     def rows(self, digests: Collection[bytes]) -> np.ndarray:
         """The rows of those images, of any digests, that are in the gallery; int64 [M], sorted."""
         found = [row for digest in set(digests)

@@ -17,6 +17,7 @@ from jlml_jax.errors import UserError, first_few, printable
 VIPER_TRIALS = 10
 _OTHER_CAMERA = -1  # of extra distractors: none of the tested data set's
 JOINED_SPLITS = ("all", "train")
+_TRAIN_ALONE = " (train)"  # after the name of joined sets
 CUHK03_PROTOCOLS = ("single-shot", "767/700")
 CUHK03_TRAIN_IDENTITIES = (1_367, 1_260)  # Table 2; the text, which leaves out the last two camera pairs
 
@@ -128,6 +129,8 @@ def load(name: str, data: ml_collections.ConfigDict) -> Protocol:
 
 
 def _published(name: str, data: ml_collections.ConfigDict) -> Protocol:
+    if data.joined_splits not in JOINED_SPLITS:
+        raise UserError(f"data.joined_splits={data.joined_splits!r} is unknown; known are {', '.join(JOINED_SPLITS)}")
     if "+" in name:
         return _union(name, data)
     return _PROTOCOLS.get(name.partition("/")[0], _fixed_splits)(name, data)
@@ -148,8 +151,9 @@ def _hold_out(trial: Trial, number: int) -> Trial:
     people, cameras = np.unique(pairs[:, 0], return_counts=True)
     several = people[cameras > 1]
     if not 0 < number <= min(len(several), len(people) - 1):
+        seen = "are seen by several cameras" if trial.cameras_known else "have several images"
         raise UserError(f"data.held_out_identities={number}: of the {len(people)} training identities of "
-                        f"{trial.dataset}, {len(several)} are seen by several cameras, and one must be left")
+                        f"{trial.dataset}, {len(several)} {seen}, and one must be left")
     # RandomState's stream is frozen for good, where NumPy's newer generators may change theirs.
     chosen = np.random.RandomState(trial.number).permutation(several)[:number]
     gallery = _of(train, chosen)
@@ -301,13 +305,11 @@ def _imagenet(name: str, data: ml_collections.ConfigDict) -> Protocol:
 
 def joined_name(name: str, joined_splits: str) -> str:
     """What results call the training set of `data.name` and `data.joined_splits`: all people of joined sets, or not."""
-    return f"{name} (train)" if "+" in name and joined_splits == "train" else name
+    return name + _TRAIN_ALONE if "+" in name and joined_splits == "train" else name
 
 
 def _union(name: str, data: ml_collections.ConfigDict) -> Protocol:
     """People of several data sets, without distractors and junk, in one training set."""
-    if data.joined_splits not in JOINED_SPLITS:
-        raise UserError(f"data.joined_splits={data.joined_splits!r} is unknown; known are {', '.join(JOINED_SPLITS)}")
     names = name.split("+")
     repeated = [one for one, number in Counter(map(namespace, filter(None, names))).items() if number > 1]
     if repeated:
@@ -403,7 +405,8 @@ def refuse_trained_on(trial: Trial, trained: dict[str, Any] | None) -> None:
         if both:
             dataset, identity = both[0]
             whom = printable(str(identity)) + (f" of {dataset}" if trial.offsets else "")
-            alone = ", such as one by data.joined_splits=train" if "+" in trained["dataset"] else ""
+            everybody = "+" in trained["dataset"] and not trained["dataset"].endswith(_TRAIN_ALONE)
+            alone = ", such as one by data.joined_splits=train" if everybody else ""
             raise UserError(
                 f"{len(both)} of the {number} test identities of {trial.dataset}, trial {trial.number} (such as "
                 f"{whom}), were trained on with {trained['dataset']}: the result would mean nothing; evaluate on other "

@@ -1,9 +1,9 @@
 """Writes one self-contained HTML page about a run: its results, curves, distances, ranked lists and activation maps.
 
-Beside the page is a CSV of the same name: each query with its average precision, the rank of its first true match and
-its nearest gallery image. Everything but the results table and the training curves is computed anew, from the latest
-checkpoint. A run without a test (several data sets trained on together, or ImageNet) gets a page without what needs
-queries, and no CSV.
+Beside the page, such as report.html, is a CSV, report.queries.csv: each query with its average precision, the rank of
+its first true match and its nearest gallery image. Everything but the results table and the training curves is computed
+anew, from the latest checkpoint. A run without a test (several data sets trained on together, or ImageNet) gets a page
+without what needs queries, and no CSV.
 """
 
 import argparse
@@ -76,11 +76,8 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
     if queries < 1:
         raise UserError(f"--queries={queries} must be at least 1")
     run = load_run(workdir)
-    table = output.with_suffix(".csv")
-    if table == output:
-        raise UserError(f"--output={output} is the name of the table beside the page; give one that ends in .html")
+    table = output.with_name(f"{output.stem}.queries.csv")
     check_output(output)
-    check_output(table)
     config = run.config
     if data_dir is not None:
         config.data.data_dir = data_dir
@@ -94,15 +91,16 @@ def write_report(workdir: str | Path, output: str | Path | None = None, *, data_
                         "give --data_dir of the data that it was trained on")
     protocols.refuse_trained_on(trial, run.label_map)
 
-    ranking, queries_table = (None, None) if trial.query is None else _ranking(run, trial, results, queries)
-    shown = [] if trial.query is None else [*trial.datasets(), config.evaluate.extra_gallery]
-    real_people = [name for name in shown if name and _shows_real_people(name)]
+    ranking, queries_table, real_people = None, None, []
+    if trial.query is not None:
+        check_output(table)
+        ranking, queries_table = _ranking(run, trial, results, queries)
+        shown = filter(None, [*trial.datasets(), config.evaluate.extra_gallery])
+        real_people = [name for name in shown if _shows_real_people(name)]
     page = _environment().get_template("report.html").render(
         run=run, trial=trial, results=_tables(results["rows"]) if results else None, training=_training(history),
-        ranking=ranking,
-        real_people=real_people,
-        several_trials=protocol.num_trials > 1, provenance=_provenance(run, trial, results),
-        config=config.to_json(indent=1), heat=_heat_gradient())
+        ranking=ranking, real_people=real_people, several_trials=protocol.num_trials > 1,
+        provenance=_provenance(run, trial, results), config=config.to_json(indent=1), heat=_heat_gradient())
     write_output(output, page)
     print(f"wrote {output}, {len(page.encode()) / 1e6:.1f} MB")
     if queries_table is not None:
@@ -221,7 +219,7 @@ def _training(history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
 
 def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_group: int) -> tuple[dict[str, Any], str]:
     """What the page says of queries and gallery, and the CSV of all queries."""
-    config = run.config
+    config = run.config.copy_and_resolve_references()
     evaluate.check_fields(config.evaluate)
     mesh = parallel.make_mesh()
     config.evaluate.batch_size = -(-config.evaluate.batch_size // mesh.size) * mesh.size  # of whatever devices
@@ -295,7 +293,7 @@ def _ranked_list(trial: Trial, names: Names, group: str, q: int, distances: np.n
 
     def crop(split: Split, index: int) -> dict[str, Any]:
         return {"index": index, "name": str(split.names[index]), "identity": names.identity(split.identities[index]),
-                "camera": names.camera(split.cameras[index]) or "unknown"}
+                "camera": _camera(trial, names, split.cameras[index]) or "unknown"}
 
     return crop(trial.query, q) | {
         "group": group, "precision": precisions[q], "first_rank": int(first_ranks[q]),
@@ -303,6 +301,11 @@ def _ranked_list(trial: Trial, names: Names, group: str, q: int, distances: np.n
             "rank": rank, "distance": float(distances[g]),
             "right": bool(trial.gallery.identities[g] == trial.query.identities[q])}
             for rank, g in enumerate(ranked, 1)]}
+
+
+def _camera(trial: Trial, names: Names, number: int) -> str:
+    """What the camera is called; empty if not known, as of all images of joined sets if one has none."""
+    return names.camera(number) if trial.cameras_known else ""
 
 
 def _queries_table(trial: Trial, names: Names, query: LazyRows, gallery: LazyRows, first_ranks: np.ndarray,
@@ -314,7 +317,8 @@ def _queries_table(trial: Trial, names: Names, query: LazyRows, gallery: LazyRow
                     "nearest_identity", "nearest_camera", "nearest_distance"])
 
     def of(split: Split, index: int) -> tuple[str, str, str]:
-        return str(split.names[index]), names.identity(split.identities[index]), names.camera(split.cameras[index])
+        return (str(split.names[index]), names.identity(split.identities[index]),
+                _camera(trial, names, split.cameras[index]))
 
     step = max(1, _DISTANCES // len(gallery))
     for start in range(0, len(query), step):
@@ -387,7 +391,7 @@ def _histogram(trial: Trial, query: np.ndarray, gallery: np.ndarray, thresholds:
     equal = trial.query.identities[rows, None] == trial.gallery.identities
     same = distances[equal & (trial.query.cameras[rows, None] != trial.gallery.cameras)]
     different = distances[~equal & (trial.gallery.identities >= DISTRACTOR)]
-    pairs = [("same person, another camera", same, 0), ("different people", different, 1)]
+    pairs = [("same person" + ", another camera" * trial.cameras_known, same, 0), ("different people", different, 1)]
     edges = np.histogram_bin_edges(np.concatenate([same, different]), HISTOGRAM_BINS)
     curves = [Curve(name, (edges[1:] + edges[:-1]) / 2, 100 * np.histogram(values, edges)[0] / max(1, len(values)),
                     color) for name, values, color in pairs]
@@ -446,7 +450,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m jlml_jax.report", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of a trained run")
-    parser.add_argument("--output", metavar="FILE", help="what to write, or to replace (default: RUN/report.html)")
+    parser.add_argument("--output", metavar="FILE", help="the page to write, or to replace (default: RUN/report.html); "
+                                                         "the CSV goes beside it")
     parser.add_argument("--data_dir", metavar="DIR", help="where the data are kept (default: where the run found them)")
     parser.add_argument("--queries", type=int, default=QUERIES, metavar="N",
                         help="how many to show of the worst, of the best and of the others (default: %(default)s)")

@@ -4,8 +4,9 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,7 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
         check_output(user_path(output))
     if picture is not None:
         search_results.check_picture(user_path(picture))
+    _refuse_replacing({"--gallery": gallery, "--query": query, "--output": output, "--picture": picture})
     extractor = load_extractor(folder)
     verdicts = calibration.load_verdicts(folder, extractor)
     queries = []
@@ -168,7 +170,7 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
     neighbours, found = NearestNeighbours(opened.features), []
     for one in tqdm(queries, "searching", unit=" queries", leave=False, disable=None if len(queries) > 1 else True):
         own = frozenset(image.camera for image in one.images) if exclude_own_camera else frozenset()
-        left_out = opened.rows_of(one.images, one.digests) if exclude_query_images else np.empty(0, int)
+        left_out = _rows_of(one, opened) if exclude_query_images else np.empty(0, int)
         wanted = max(top_k, RERANKED) if rerank else top_k
         nearest, distances = neighbours.search(one.feature, wanted + len(left_out), eligible(own))
         kept = np.flatnonzero(~np.isin(nearest, left_out))[:wanted]
@@ -195,12 +197,29 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
         search_results.draw(user_path(picture), found)
 
 
+def _rows_of(query: Query, gallery: Gallery | FeaturesFile) -> np.ndarray:
+    """Where the gallery has the query's own images: by their bytes, or in a file of features by their files."""
+    return gallery.rows(query.digests) if isinstance(gallery, Gallery) else gallery.rows_of(query.images)
+
+
 def _reranked_order(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     """The gallery's rows [N, D] by their re-ranked distance from the query [D], int [N]."""
     if not len(gallery):
         return np.empty(0, int)
     distances = Reranking(query[None], gallery).distances(np.arange(1), np.arange(len(gallery)))
     return np.argsort(distances[0], kind="stable")
+
+
+def _refuse_replacing(files: Mapping[str, str | None]) -> None:
+    """A UserError if two options name one file, of which at least one is written."""
+    options = {}
+    for option, file in files.items():
+        if file is not None:
+            options.setdefault(os.path.realpath(user_path(file)), []).append(option)
+    for file, named in options.items():
+        if len(named) > 1 and named[-1] in ("--output", "--picture"):
+            raise UserError(f"{' and '.join(named)} are one file, {file}, which would be replaced; give {named[-1]} "
+                            "another name")
 
 
 def _query_images(source: str, camera: str | None, camera_needed: bool, clip_boxes: bool) -> list[UserImage]:

@@ -15,6 +15,7 @@ from jlml_jax.files import check_output, write_output
 from jlml_jax.user_images import UserImage, load_one
 
 _CROP, _GAP, _CAPTION = (96, 192), 8, 16  # pixels: width and height of a crop, the space around it, its line of text
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_DRAWN = 100  # queries; a JPEG has room for three times as many
 
 
@@ -75,8 +76,7 @@ def write(path: Path, found: Sequence[Found]) -> None:
 def check_picture(path: Path) -> None:
     """A UserError if a picture cannot be written to `path`: told before the search, not after."""
     check_output(path, "--picture")
-    Image.init()
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    if Image.registered_extensions().get(path.suffix.lower()) not in _FORMATS:
         raise UserError(f"--picture={path} has no suffix of a format of pictures; give one such as found.png")
 
 

@@ -22,11 +22,11 @@ from jlml_jax.datasets.folder import (
     JUNK_ADVICE,
     NAME,
     box_of,
+    clipped_note,
     identity_of,
     is_unicode,
     path_within,
     read_table,
-    told_clipped,
 )
 from jlml_jax.datasets.images import Box, clip_box, crop_box, open_rgb, resize, shows_somebody, upright_size
 from jlml_jax.errors import UserError, first_few, printable
@@ -288,7 +288,7 @@ def _crop(frame: Image.Image, image: UserImage) -> Image.Image:
 def tell_clipped(number: int) -> None:
     """Says, if there are any, how many boxes were cut to their frames."""
     if number:
-        print(told_clipped(number))
+        print(clipped_note(number))
 
 
 def load_one(image: UserImage, height: int, width: int) -> np.ndarray:

@@ -134,7 +134,7 @@ def test_a_rate_is_measured_from_as_many_pairs_as_it_needs():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda f, i, c: (f, i, np.zeros_like(c)), "of more cameras than one"),
+    (lambda f, i, c: (f, i, np.zeros_like(c)), "seen by more cameras than one"),
     (lambda f, i, c: (f, np.ones_like(i), c), "no two of the 150 images show different persons"),
     (lambda f, i, c: (f, np.zeros_like(i), c), "no two of the 150 images show one person"),
 ])

@@ -180,6 +180,16 @@ def test_people_held_out_of_several_data_sets_are_those_of_each(link):
         assert trial.camera_one_hot().shape[1] == len(np.unique(trial.train.cameras))
 
 
+def test_how_joined_sets_are_joined_is_of_no_matter_to_one(link, tmp_path):
+    config = link("market1501")
+    train_and_evaluate(config, tmp_path / "run", "train")
+    config.data.joined_splits = "train"
+    assert train_and_evaluate(config, tmp_path / "run", "evaluate")
+    config.data.joined_splits = "trian"
+    with pytest.raises(UserError, match="data.joined_splits='trian' is unknown; known are all, train"):
+        train_and_evaluate(config, tmp_path / "run", "evaluate")
+
+
 def test_extra_distractors_are_of_no_tested_camera(link):
     data = link("market1501").data
     trial, = protocols.add_distractors([protocols.load("market1501", data).trial(0)], "viper", data)

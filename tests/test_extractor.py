@@ -83,6 +83,13 @@ def test_crops_that_cannot_be_used_are_named(tiny_extractor, tmp_path):
     for bad in (good.astype(np.float32), good[..., :2], good[:0], np.zeros((1, 20, 10, 3), np.uint8)):
         with pytest.raises(ValueError, match="crop 1 must be uint8"):
             tiny_extractor.embed_crops([good, bad])
+    for small in (good[:2], Image.new("RGB", (10, 2)), Image.new("RGB", (0, 0))):
+        with pytest.raises(UserError, match=r"crop 1 has \d+ x \d pixels, which shows nobody"):
+            tiny_extractor.embed_crops([good, small])
+    Image.fromarray(good).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-30])
+    with pytest.raises(UserError, match="crop 1 does not decode"):
+        tiny_extractor.embed_crops([good, Image.open(tmp_path / "cut.png")])
     with pytest.raises(UserError, match="crop 1 has more than 8 bits"):
         tiny_extractor.embed_crops([good, Image.new("I;16", (10, 20))])
     with pytest.raises(UserError, match=r"nobody\.png cannot be read"):

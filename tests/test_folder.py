@@ -472,6 +472,9 @@ def test_a_set_without_cameras_says_so(write, prepared, tmp_path):
     # People held out: each image is searched for among their others.
     config.data.held_out_identities = 2
     held_out = protocols.load("folder/shop", config.data).trial(0)
+    config.data.held_out_identities = 9
+    with pytest.raises(UserError, match="of the 4 training identities of folder/shop, 4 have several images, and one"):
+        protocols.load("folder/shop", config.data).trial(0)
     assert held_out.protocol == "2 training identities held out, cameras unknown"
     assert (len(held_out.query), len(held_out.gallery), held_out.cameras_known) == (6, 6, False)
     prepare.prepare("folder/known", write("a.png,ann,door,train", "b.png,ann,till,train"), tmp_path / "data")

@@ -202,7 +202,7 @@ def test_lists_are_the_worst_the_best_and_others(page, shop):
 
 def test_the_table_beside_the_page_has_every_query(shop):
     workdir, _, trial, (query, gallery) = shop
-    with open(workdir / "report.csv", newline="") as file:
+    with open(workdir / "report.queries.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     ranks, precisions = metrics.query_scores(query["joint"], gallery["joint"], *evaluate.labels_of(trial))
     assert [row["query"] for row in rows] == trial.query.names.tolist()
@@ -345,6 +345,19 @@ def test_real_people_among_ones_own_are_not_to_be_passed_on_either(shop, tmp_pat
     page = Page(report.write_report(tmp_path / "run", queries=1))
     assert "images of real people in it, from\n    market1501, whose terms" in page.text
     assert "it has images of market1501 in it" in capsys.readouterr().out
+
+
+def test_cameras_that_are_not_known_are_not_made_up(shop):
+    _, _, trial, (query, gallery) = shop
+    trial = dataclasses.replace(trial, cameras_known=False)
+    names = datasets.names("folder/shop", load_run(shop[0]).config.data.data_dir)
+    scores = metrics.query_scores(query["joint"], gallery["joint"], *evaluate.labels_of(trial))
+    table = list(csv.DictReader(report._queries_table(trial, names, query["joint"], gallery["joint"], *scores)
+                                .splitlines()))
+    assert {row["camera"] for row in table} == {row["nearest_camera"] for row in table} == {""}
+    distances = l2_distances(query["joint"][:][:1], gallery["joint"])[0]
+    shown = report._ranked_list(trial, names, "best", 0, distances, *scores)
+    assert {shown["camera"], *(crop["camera"] for crop in shown["gallery"])} == {"unknown"}
 
 
 def test_a_report_is_made_on_any_number_of_devices(tiny_run, tmp_path, monkeypatch):

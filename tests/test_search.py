@@ -193,6 +193,12 @@ def test_the_query_itself_can_be_left_out(run, tiny_run, crops, tmp_path):
     assert not [number for number, file in enumerate(files) if file == names([number // 2])[0]]
     assert extract.main([f"--workdir={tiny_run}", f"--images={crops}", f"--output={tmp_path / 'f.npz'}"]) == 0
     assert found(run(f"--gallery={tmp_path / 'f.npz'}", *arguments))[0] == files
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for crop in crops.iterdir():
+        (linked / crop.name).symlink_to(crop)
+    assert extract.main([f"--workdir={tiny_run}", f"--images={linked}", f"--output={tmp_path / 'g.npz'}"]) == 0
+    assert found(run(f"--gallery={tmp_path / 'g.npz'}", *arguments))[0] == files
     shutil.copy(crops / names([4])[0], tmp_path / "copy.png")  # the same image by another name
     files, distances = found(run(f"--gallery={crops}", f"--index={tmp_path / 'i'}", f"--query={tmp_path / 'copy.png'}",
                                  "--top_k=20", "--exclude_query_images"))
@@ -301,6 +307,9 @@ def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path, mo
     (["--gallery=CROPS", "--query=nobody.png"], "nobody.png does not exist"),
     (["--gallery=CROPS", "--picture=found.png", "--output=found.csv"], "--output, --picture without --query: give it"),
     (["--gallery=CROPS", "--query=QUERY", "--output=CROPS"], "is a folder; give a file"),
+    (["--gallery=CROPS", "--query=QUERY", "--output=QUERY"], "--query and --output are one file"),
+    (["--gallery=CROPS", "--query=QUERY", "--output=f.png", "--picture=./f.png"], "--output and --picture are"),
+    (["--gallery=CROPS", "--query=QUERY", "--picture=found.xbm"], "has no suffix of a format"),
     (["--gallery=CROPS", "--query=QUERY", "--top_k=0"], "--top_k=0 must be at least 1"),
     (["--gallery=CROPS", "--index=CROPS"], "has files in it but is no gallery"),
     (["--gallery=CROPS", "--query=QUERY", "--picture=found.psd"], "--picture=found.psd has no suffix of a format"),

@@ -73,10 +73,10 @@ class Folder(BenchmarkBuilder):
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Give a CSV file with the columns image (a path within the CSV's folder), identity (any text; distractor and "
         "junk are nobody), camera (any text; leave the column out where cameras are not known) and, unless it is to be "
-        "drawn, split (train, query or gallery); where "
-        "images are full frames, also x, y, width and height of a box a line, in pixels of the upright frame. Or give "
-        f"a folder of images named like {_EXAMPLE}: the identity, 0 for a distractor, -1 for junk, and after _c the "
-        "camera; the images in it are split at random, those in its folders train, query and gallery are not."
+        "drawn, split (train, query or gallery); where images are full frames, also x, y, width and height of a box a "
+        f"line, in pixels of the upright frame. Or give a folder of images named like {_EXAMPLE}: the identity, 0 for "
+        "a distractor, -1 for junk, and after _c the camera; the images in it are split at random, those in its "
+        "folders train, query and gallery are not."
     )
     EXPECTED = None
 
@@ -153,7 +153,7 @@ def _read_csv(path: Path, clip_boxes: bool) -> tuple[list[_Row], list[str], list
     boxes = _boxes(path, lines)
     if clip_boxes:
         boxes, clipped = _clip(boxes, [path.parent / name for name in names])
-        notes += [told_clipped(clipped)] if clipped else []
+        notes += [clipped_note(clipped)] if clipped else []
     _refuse_repeated(path, numbers, names, boxes)
     if any(re.fullmatch("0+", cells["identity"]) for _, cells in lines):
         notes.append("identity 0 is taken for a person; where it is nobody, write distractor")
@@ -188,7 +188,7 @@ def _clip(boxes: Sequence[Box | None], paths: Sequence[Path]) -> tuple[list[Box 
     return clipped, sum(one != other for one, other in zip(boxes, clipped, strict=True))
 
 
-def told_clipped(number: int) -> str:
+def clipped_note(number: int) -> str:
     """A line to tell the user."""
     return f"{number:,} boxes cross the edge of their frame and are cut to it"
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,20 +31,26 @@ def open_rgb(encoded: bytes, name: str, *, upright: bool = False) -> Image.Image
     Args:
         encoded: the file.
         name: for messages.
-        upright: as a viewer shows it. False is for the images of data sets, which are kept so, and which TensorFlow
-            must read alike.
+        upright: show it as a viewer would: turned as its Exif data say, what is transparent laid over mid-grey. False
+            is for the images of data sets, which are kept so, and which TensorFlow must read alike.
 
     Raises:
         UserError: it does not decode, is greyscale of more than 8 bits, or is too large to be what it should be.
     """
+    with _decoding(name), Image.open(io.BytesIO(encoded)) as image:
+        return _as_rgb(image, name, upright)
+
+
+def upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An open image of Pillow's as `open_rgb` gives it, upright; raises as that does."""
+    with _decoding(name):
+        return _as_rgb(image, name, upright=True)
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise UserError(f"{name} has {image.width} x {image.height} pixels, which is no crop of a person; "
-                                "replace the file")
-            refuse_deep(image, name)
-            image.load()
-            return as_a_viewer_shows(image) if upright else image.convert("RGB")
+        yield
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -52,18 +59,18 @@ def open_rgb(encoded: bytes, name: str, *, upright: bool = False) -> Image.Image
         raise UserError(f"{name} does not decode as an image ({error}); replace the file") from error
 
 
-def refuse_deep(image: Image.Image, name: str) -> None:
-    """A UserError if `image` has more than 8 bits a channel: Pillow would clip them, not scale."""
-    if image.mode.startswith(("I", "F")):
+def _as_rgb(image: Image.Image, name: str, upright: bool) -> Image.Image:
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"{name} has {image.width} x {image.height} pixels, which is no crop of a person; replace the "
+                        "file")
+    if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits, not scale
         raise UserError(f"{name} has more than 8 bits a channel; convert it to 8 bits")
-
-
-def as_a_viewer_shows(image: Image.Image) -> Image.Image:
-    """`image` as RGB, turned as its Exif data say, and what is transparent laid over mid-grey."""
-    with contextlib.suppress(Exception):  # damaged Exif data, as if there were none
-        image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), image.convert("RGBA"))
+    image.load()
+    if upright:
+        with contextlib.suppress(Exception):  # damaged Exif data, as if there were none
+            image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), image.convert("RGBA"))
     return image.convert("RGB")
 
 
