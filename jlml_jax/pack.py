@@ -63,8 +63,8 @@ def pack(workdir: str | Path, output: str | Path) -> None:
         print(f"{calibration.FILE} is left out, as it is not of the rounded weights: to hand on thresholds, unpack the "
               "file, calibrate that run, and pack it")
     results = read_results(run.workdir)
-    if results is not None and results["provenance"].get(
-            result_rows.SETTINGS, settings := result_rows.settings_of(run.config.evaluate)) != settings:
+    settings = result_rows.settings_of(run.config.evaluate)
+    if results is not None and results["provenance"].get(result_rows.SETTINGS, settings) != settings:
         results = None
         print(f"{RESULTS} is left out, as it is by another {' or '.join(settings)} than {CONFIG} has now: to hand it "
               "on, evaluate the run again")

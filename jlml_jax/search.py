@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE", help="write what was found to this CSV, rather than print it")
     parser.add_argument("--rerank", action="store_true",
                         help=f"order the {RERANKED} nearest images by k-reciprocal re-ranking; for galleries with "
-                             "several images of a person")
+                             "several images of a person; distances stay the plain ones")
     parser.add_argument("--exclude_query_images", action="store_true",
                         help="leave out the query's own image, where the gallery has it, too")
     parser.add_argument("--picture", metavar="FILE", help="draw the query and what was found, such as found.png")
