@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     # people, so that evaluate.datasets can name the sets.
     data.joined_splits = "all"
     data.data_dir = ""  # where the TFDS data lie; empty: TFDS's default, ~/tensorflow_datasets
-    data.trials = "0"  # of the protocol's, where it has several: 3, 0-4 or all
+    data.trials = "0"  # of the protocol's, where it has several: 3, 0-4, 0-4,7 or all
     data.cuhk03_protocol = "single-shot"  # single-shot: 20 trials; 767/700: the split that has that name
     data.cuhk03_train_identities = 1_367  # of a single-shot trial: 1,367 (Table 2) or 1,260 (the paper's text)
     # So many training identities in place of the test, to choose a recipe by: it leaves the real test alone. 0: none.

@@ -97,19 +97,32 @@ class Protocol:
     trial: Callable[[int], Trial]  # 0 to num_trials - 1
 
     def numbers(self, chosen: str) -> list[int]:
-        """The trials that `config.data.trials` names: `3`, `0-4` or `all`.
+        """The trials that `config.data.trials` names, as `chosen_trials` has it.
 
         Raises:
-            UserError: it is none of these, or a trial is not among them.
+            UserError: it names none, or one that is not among them.
         """
-        last = self.num_trials - 1
-        if chosen == "all":
+        last, numbers = self.num_trials - 1, chosen_trials(chosen)
+        if numbers is None:
             return list(range(self.num_trials))
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", chosen)
-        if not match or int(match[1]) > int(match[2] or match[1]) or int(match[2] or match[1]) > last:
-            raise UserError(f"data.trials={chosen!r} is not among the trials, 0 to {last}; give one (3), some (0-4) or "
-                            "all")
-        return list(range(int(match[1]), int(match[2] or match[1]) + 1))
+        if not numbers or numbers[-1] > last:
+            raise UserError(f"data.trials={chosen!r} is not among the trials, 0 to {last}; give one (3), some (0-4 or "
+                            "0-4,7) or all")
+        return numbers
+
+
+def chosen_trials(chosen: str) -> list[int] | None:
+    """The numbers in `3`, `0-4` or `0-4,7`, sorted; None for `all`, an empty list for anything else."""
+    if chosen == "all":
+        return None
+    numbers = set()
+    for part in chosen.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not found:
+            return []
+        numbers.update(found)
+    return sorted(numbers)
 
 
 def load(name: str, data: ml_collections.ConfigDict) -> Protocol:

@@ -335,13 +335,14 @@ def test_own_data_may_be_for_training_or_for_the_test_alone(config):
 # --- which trials
 
 @pytest.mark.parametrize("chosen, numbers", [("3", [3]), ("0", [0]), ("0-4", [0, 1, 2, 3, 4]), ("7-9", [7, 8, 9]),
-                                             ("2-2", [2]), ("all", list(range(10)))])
+                                             ("2-2", [2]), ("all", list(range(10))), ("1,2", [1, 2]),
+                                             ("7,0-2,1", [0, 1, 2, 7])])
 def test_trials_are_chosen(chosen, numbers):
     assert protocols.Protocol(10, None).numbers(chosen) == numbers
 
 
-@pytest.mark.parametrize("chosen", ["5-2", "x", "-1", "10", "20", "", "0-99", "0-10", "1,2", "1-", "-", "1-2-3", "3 ",
-                                    "ALL", "1.0"])
+@pytest.mark.parametrize("chosen", ["5-2", "x", "-1", "10", "20", "", "0-99", "0-10", "1,", ",1", "1,10", "1-", "-",
+                                    "1-2-3", "3 ", "ALL", "1.0", "0-99999999999"])
 def test_trials_that_there_are_not_are_refused(chosen):
     with pytest.raises(UserError, match=rf"data\.trials={re.escape(repr(chosen))} .*0 to 9; .* all"):
         protocols.Protocol(10, None).numbers(chosen)

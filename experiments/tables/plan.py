@@ -21,7 +21,7 @@ from jlml_jax.checkpoints import CONFIG, FREE_FIELDS, RESULTS, latest_step, read
 from jlml_jax.errors import UserError, first_few
 from jlml_jax.evaluate import NORMALIZE
 from jlml_jax.logs import read_training
-from jlml_jax.protocols import joined_name
+from jlml_jax.protocols import chosen_trials, joined_name
 
 _STRIPS, _PENALTIES = (1, 2, 4, 8), (5e-6, 5e-5, 5e-4, 5e-3)
 _SIZES = ((64, 32), (96, 48), (128, 64), (160, 64), (256, 128), (224, 224))
@@ -175,9 +175,8 @@ class Run:
     def trials(self) -> list[Path]:
         """The folders of the trials asked for, as far as they are begun; the run's own where there are no trials."""
         folders = sorted(self.folder.glob("trial-*"))
-        if asked := re.fullmatch(r"(\d+)(?:-(\d+))?", self.config.data.trials):
-            first, last = int(asked[1]), int(asked[2] or asked[1])
-            folders = [folder for folder in folders if first <= int(folder.name.removeprefix("trial-")) <= last]
+        if (asked := chosen_trials(self.config.data.trials)) is not None:
+            folders = [folder for folder in folders if int(folder.name.removeprefix("trial-")) in asked]
         return folders or [self.folder]
 
     def missing(self) -> str:
