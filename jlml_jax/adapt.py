@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jlml_jax import camera_statistics, norm_statistics, parallel
-from jlml_jax.checkpoints import CONFIG, LABEL_MAP, SavedRun, load_run
+from jlml_jax.checkpoints import CONFIG, LABEL_MAP, SavedRun, load_finished_run
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.files import user_path
 from jlml_jax.models import build_model
@@ -52,9 +52,7 @@ def adapt(workdir: str, images: str, output: str | Path, *, by_camera: bool = Fa
             unknown = [str(image) for image in listing.images if not image.camera]
             raise UserError(f"{len(unknown)} images tell no camera: {first_few(unknown)}; give a CSV with a column "
                             "camera, or names like Market-1501's, or leave out --by_camera")
-        run = load_run(workdir)
-        if run.step < run.config.train.steps:  # what trains on would move the statistics again
-            raise UserError(f"{workdir} is at step {run.step} of {run.config.train.steps}; train it to its end first")
+        run = load_finished_run(workdir)
         measure = _Measure(run, keep_going)
         batch_stats, number = measure(listing.images)
         if number < FEWEST_IMAGES:

@@ -172,6 +172,18 @@ def read_description(workdir: Path) -> tuple[ml_collections.ConfigDict, dict[str
     return config, label_map
 
 
+def load_finished_run(workdir: str | Path) -> SavedRun:
+    """`load_run`, for what is made of a run without its momentum, and so could not be trained on as it was begun.
+
+    Raises:
+        UserError: as `load_run`, or the run has not ended.
+    """
+    run = load_run(workdir)
+    if run.step < run.config.train.steps:
+        raise UserError(f"{workdir} is at step {run.step} of {run.config.train.steps}; train it to its end first")
+    return run
+
+
 def load_run(workdir: str | Path) -> SavedRun:
     """The config, the label map and the latest whole weights of the run in `workdir`, to use them elsewhere.
 

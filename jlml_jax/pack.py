@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jlml_jax import calibration, camera_statistics, parallel, result_rows
-from jlml_jax.checkpoints import CONFIG, LABEL_MAP, RESULTS, TRAINING, load_run, read_results
+from jlml_jax.checkpoints import CONFIG, LABEL_MAP, RESULTS, TRAINING, load_finished_run, read_results
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor
@@ -45,9 +45,7 @@ def pack(workdir: str | Path, output: str | Path) -> None:
     """
     output = user_path(output)
     check_output(output)
-    run = load_run(workdir)
-    if run.step < run.config.train.steps:
-        raise UserError(f"{workdir} is at step {run.step} of {run.config.train.steps}; train it to its end first")
+    run = load_finished_run(workdir)
     packed = jax.tree.map(_rounded, run.variables)
     mesh = parallel.make_mesh(jax.local_devices()[:1])
     before, after = (Extractor(dataclasses.replace(run, variables=variables), mesh)

@@ -144,7 +144,7 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tiny_run, tmp_path,
     run = load_run(tiny_run)
     for array in run.variables["params"]["global_head"]["fc"].values():
         array *= np.float32(factor)
-    monkeypatch.setattr(pack, "load_run", lambda workdir: run)
+    monkeypatch.setattr(pack, "load_finished_run", lambda workdir: run)
     with np.errstate(over="ignore"):
         assert told in refused_by(pack, f"--workdir={tiny_run}", f"--output={tmp_path / 'file.zip'}")
     assert not list(tmp_path.iterdir())
