@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jlml_jax import calibration, features_file, search_results
+from jlml_jax import calibration, contact_sheet, features_file, search_results
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor
 from jlml_jax.features_file import FeaturesFile
@@ -151,15 +151,15 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
     if output is not None:
         check_output(user_path(output))
     if picture is not None:
-        search_results.check_picture(user_path(picture))
+        contact_sheet.check(user_path(picture))
     _refuse_replacing({"--gallery": gallery, "--query": query, "--output": output, "--picture": picture})
     extractor = load_extractor(folder)
     verdicts = calibration.load_verdicts(folder, extractor)
     queries = []
     if query is not None:  # first of all: adding may take long
         images = _query_images(query, query_camera, exclude_own_camera, clip_boxes)
-        if picture is not None and len(images) > search_results.MAX_DRAWN and not same_person:
-            raise UserError(f"--picture shows {search_results.MAX_DRAWN} queries at most, not {len(images):,}; give "
+        if picture is not None and len(images) > contact_sheet.MOST_ROWS and not same_person:
+            raise UserError(f"--picture shows {contact_sheet.MOST_ROWS} queries at most, not {len(images):,}; give "
                             "--output=FILE.csv, or fewer")
         queries = _embed_queries(images, extractor, same_person, keep_going)
     opened, rows = _open(gallery, index, folder, extractor, keep_going, clip_boxes)

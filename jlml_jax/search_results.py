@@ -7,16 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-from jlml_jax.datasets.images import save_whole
-from jlml_jax.errors import UserError, printable
-from jlml_jax.files import check_output, write_output
-from jlml_jax.user_images import UserImage, load_one
-
-_CROP, _GAP, _CAPTION = (96, 192), 8, 16  # pixels: width and height of a crop, the space around it, its line of text
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-MAX_DRAWN = 100  # queries; a JPEG has room for three times as many
+from jlml_jax import contact_sheet
+from jlml_jax.errors import printable
+from jlml_jax.files import write_output
+from jlml_jax.user_images import UserImage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,33 +68,7 @@ def write(path: Path, found: Sequence[Found]) -> None:
     print(f"{path}: {sum(len(one.images) for one in found):,} images found, for {len(found):,} queries")
 
 
-def check_picture(path: Path) -> None:
-    """A UserError if a picture cannot be written to `path`: told before the search, not after."""
-    check_output(path, "--picture")
-    if Image.registered_extensions().get(path.suffix.lower()) not in _FORMATS:
-        raise UserError(f"--picture={path} has no suffix of a format of pictures; give one such as found.png")
-
-
 def draw(path: Path, found: Sequence[Found]) -> None:
     """A row for each query: the query and what was found, side by side, with the distances."""
-    width, height = _CROP[0] + _GAP, _CROP[1] + 2 * _GAP + _CAPTION
-    columns = 1 + max(len(one.images) for one in found)
-    sheet = Image.new("RGB", (_GAP + width * columns + 2 * _GAP, height * len(found)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, one in enumerate(found):
-        captions = ["query", *(f"{distance:.4f}" for distance in one.distances)]
-        for column, (image, caption) in enumerate(zip([one.query.images[0], *one.images], captions, strict=True)):
-            left = _GAP + column * width + (2 * _GAP if column else 0)  # a wider space after the query
-            top = _GAP + row * height
-            try:
-                sheet.paste(Image.fromarray(load_one(image, _CROP[1], _CROP[0])), (left, top))
-            except UserError:  # moved or removed since it was embedded
-                draw.rectangle((left, top, left + _CROP[0] - 1, top + _CROP[1] - 1), outline="grey")
-                draw.text((left + _GAP, top + _CROP[1] // 2), "file is gone", fill="grey")
-            draw.text((left, top + _GAP + _CROP[1]), caption, fill="black")
-    try:
-        save_whole(sheet, path)
-    except (OSError, ValueError) as error:  # such as a JPEG, which may be 65,500 pixels wide
-        raise UserError(f"cannot write --picture={path} ({error}); what was there is as it was: make room, or give "
-                        "another, such as found.png") from error
-    print(f"picture in {path}")
+    contact_sheet.draw(path, [[(one.query.images[0], "query"), *zip(one.images, map("{:.4f}".format, one.distances),
+                                                                   strict=True)] for one in found])

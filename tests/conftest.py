@@ -21,7 +21,7 @@ from market1501_miniature import write_market1501
 from splits import SIZES, drawing, encode, plain, split_of, split_of_pixels
 
 from configs import default
-from jlml_jax import calibrate, compare, extract, load_extractor, prepare, search
+from jlml_jax import calibrate, compare, extract, group, load_extractor, prepare, search
 from jlml_jax.datasets.market1501 import Market1501
 from jlml_jax.protocols import Trial
 from jlml_jax.train import train_and_evaluate
@@ -117,7 +117,7 @@ def extractor(tiny_extractor):
 @pytest.fixture
 def loaded_once(monkeypatch, extractor):
     """The commands take the network as it is loaded already, rather than compile it anew each time."""
-    for command in (calibrate, compare, extract, search):
+    for command in (calibrate, compare, extract, group, search):
         monkeypatch.setattr(command, "load_extractor", lambda workdir: extractor)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jlml_jax import extract, features_file, search, search_results, user_images
+from jlml_jax import contact_sheet, extract, features_file, search, user_images
 from jlml_jax.gallery import Gallery
 from jlml_jax.reranking import Reranking
 
@@ -250,7 +250,7 @@ def test_bad_queries(run, crops, tmp_path, monkeypatch):
     error = run(*arguments, status=2)
     assert "broken.png" in error and "--keep_going" in error and not (tmp_path / "i").exists()
     assert found(run(*arguments, "--keep_going"))[0] == names([4, 7])
-    monkeypatch.setattr(search_results, "MAX_DRAWN", 2)
+    monkeypatch.setattr(contact_sheet, "MOST_ROWS", 2)
     error = run(*arguments, f"--picture={tmp_path / 'found.png'}", status=2)
     assert "--picture shows 2 queries at most, not 3" in error
 
@@ -296,7 +296,7 @@ def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path, mo
     gone = np.asarray(Image.open(picture))[8:200, 8 + 2 * 104 + 16:][:, :96]
     assert (gone == 255).mean() > 0.9
     before = picture.read_bytes()
-    monkeypatch.setattr(search_results, "_CROP", (30_000, 192))  # of which a JPEG has no room for four
+    monkeypatch.setattr(contact_sheet, "_CROP", (30_000, 192))  # of which a JPEG has no room for four
     picture.rename(picture.with_suffix(".jpg"))
     error = run(f"--gallery={index}", *arguments[:2], f"--picture={picture.with_suffix('.jpg')}", status=2)
     assert "cannot write --picture=" in error and picture.with_suffix(".jpg").read_bytes() == before

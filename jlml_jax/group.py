@@ -1,0 +1,194 @@
+"""Groups unlabelled images by person, as labels to correct by hand or to train on."""
+
+import argparse
+import csv
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jlml_jax import calibration, contact_sheet, features_file, grouping
+from jlml_jax.calibration import format_rate
+from jlml_jax.datasets.folder import BOX_COLUMNS, NOBODY, path_within
+from jlml_jax.errors import UserError, exit_status, first_few
+from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor
+from jlml_jax.files import check_output, user_path, write_output
+from jlml_jax.user_images import UserImage, list_images
+
+_SHOWN = 12  # images of a group in the picture
+
+_DETAILS = """Groups are joined as long as the mean distance between the images of one and those of the other is at
+most a threshold: that of --false_accept_rate in the run's calibration, or --threshold. A lower one parts persons into
+more groups, a higher one mixes them. Boxes of one frame are taken for different people.
+
+The CSV is what jlml_jax.prepare takes for a data set folder/NAME: image, identity (0001 is the largest group), camera
+where any is known, split, boxes. Within a group the most typical images come first, those to look at last. All images
+are in the split train: a test on these labels would be of the groups, not of people. When you have corrected them,
+remove that column. Identities that the images have already are not used, but if there are any it is told how well the
+groups agree with them.
+
+--images is as in jlml_jax.extract, or a file that extract has made.
+
+examples:
+  python -m jlml_jax.group --workdir=runs/pretrained --images=crops --output=crops/people.csv
+  python -m jlml_jax.group --workdir=runs/pretrained --images=crops --output=crops/people.csv --min_images=4
+  python -m jlml_jax.group --workdir=runs/adapted --images=features.npz --threshold=1.2 --output=people.csv
+"""
+
+
+def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_rate: float | None = None,
+          threshold: float | None = None, min_images: int = 1, picture: str | None = None, keep_going: bool = False,
+          clip_boxes: bool = False) -> None:
+    """Writes the CSV `output`, with a group of `images` in the place of an identity; the rest is as --help has it.
+
+    Raises:
+        UserError: the run has no threshold and none is given, images are bad, too many, or out of the reach of a CSV
+            at `output`, or a file cannot be written.
+    """
+    output = user_path(output)
+    check_output(output)
+    if output.suffix.lower() != ".csv":
+        raise UserError(f"--output={output} must end in .csv, as prepare knows a list of images by that")
+    if picture is not None:
+        contact_sheet.check(user_path(picture))
+    if min_images < 1:
+        raise UserError(f"--min_images={min_images} must be at least 1")
+    extractor = load_extractor(workdir)
+    threshold, told = _threshold(user_path(workdir), extractor, false_accept_rate, threshold)
+    found, features = _features(images, output, extractor, keep_going, clip_boxes)
+    groups = grouping.group(features, threshold, _frames(found))
+    sizes = np.bincount(groups)
+    print(f"{len(found):,} images in {len(sizes):,} groups, at {told}; {(sizes == 1).sum():,} groups are of one image, "
+          f"the largest of {sizes[0]:,}")
+    known = [row for row, image in enumerate(found) if image.identity not in ("", *NOBODY)]
+    if known:
+        precision, recall = grouping.agreement(groups[known], np.array([found[row].identity for row in known]))
+        print(f"{len(known):,} images have an identity: the groups agree with these by a precision of {precision:.1%} "
+              f"and a recall of {recall:.1%} (B-cubed)")
+    order = grouping.typical_first(features, groups)
+    kept = order[sizes[groups[order]] >= min_images]
+    if not len(kept):
+        raise UserError(f"no group has {min_images} images; give a lower --min_images, or a higher threshold")
+    _write(output, found, groups, kept)
+    print(f"{output}: {len(kept):,} images of {len(np.unique(groups[kept])):,} groups"
+          + (f"; {len(found) - len(kept):,} images in groups of fewer than {min_images} are left out"
+             if len(kept) < len(found) else ""))
+    if picture is not None:
+        _draw(user_path(picture), found, groups, kept)
+
+
+def _threshold(workdir: Path, extractor: Extractor, rate: float | None, threshold: float | None) -> tuple[float, str]:
+    """The distance up to which groups are joined, and that in words."""
+    if threshold is not None:
+        if rate is not None:
+            raise UserError("--threshold and --false_accept_rate are two ways to say one thing; give one of them")
+        if not threshold > 0:  # NaN, too
+            raise UserError(f"--threshold={threshold} must be above 0")
+        return threshold, f"a mean distance of at most {threshold:g}"
+    rate = 1e-3 if rate is None else rate
+    verdicts = calibration.load_verdicts(workdir, extractor)
+    measured = dict(verdicts.thresholds)
+    if rate not in measured:
+        why = verdicts.why_none if not verdicts else (
+            f"the run's calibration has {first_few(list(map(format_rate, measured)))}")
+        raise UserError(f"no threshold is known for a false accept rate of {format_rate(rate)}: {why}; or give "
+                        "--threshold")
+    return measured[rate], (f"a mean distance of at most {measured[rate]:.4f}, a false accept rate of "
+                            f"{format_rate(rate)}")
+
+
+def _features(source: str, output: Path, extractor: Extractor, keep_going: bool, clip_boxes: bool
+              ) -> tuple[list[UserImage], np.ndarray]:
+    """The images that `source` names, and their features [N, D]."""
+    path = user_path(source)
+    if path.suffix in features_file.SUFFIXES and not path.is_dir():
+        table = features_file.read(path)
+        check_fingerprint(source, table.fingerprint, extractor)
+        images = [table.image(row) for row in range(len(table))]
+        _paths_from(output, images)
+        return images, table.features
+    listing = list_images(source, clip_boxes=clip_boxes)
+    _paths_from(output, listing.images)
+    for note in listing.notes:
+        print(note)
+    images, features = [], []
+    for loaded, _, rows in embed(listing.images, extractor, keep_going=keep_going):
+        images += [one.image for one in loaded]
+        features.append(rows)
+    return images, np.concatenate(features)
+
+
+def _paths_from(output: Path, images: Sequence[UserImage]) -> list[str]:
+    """The paths of the images from the folder of the CSV `output`; a UserError if any is not in it."""
+    folder = output.parent.absolute()
+    names = [os.path.relpath(image.path.absolute(), folder) for image in images]
+    for name, image in zip(names, images, strict=True):
+        try:
+            path_within(os.path.realpath(folder), name)
+        except ValueError:
+            above = os.path.commonpath([image.path.absolute().parent for image in images])
+            raise UserError(f"{image} is not in {folder}, the folder of --output, and a CSV of prepare's names images "
+                            f"in its own folder only; give --output={Path(above, output.name)}") from None
+    return names
+
+
+def _frames(images: Sequence[UserImage]) -> np.ndarray:
+    """Which frame each image is a box of, as `grouping.group` takes it."""
+    numbers = {}
+    return np.array([numbers.setdefault(os.path.realpath(image.path), len(numbers)) if image.box else -1
+                     for image in images])
+
+
+def _write(output: Path, images: Sequence[UserImage], groups: np.ndarray, rows: np.ndarray) -> None:
+    with_camera, with_boxes = any(image.camera for image in images), any(image.box for image in images)
+    text, digits = io.StringIO(), max(4, len(str(groups.max() + 1)))
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image", "identity", *["camera"] * with_camera, "split", *BOX_COLUMNS * with_boxes])
+    for row, name in zip(rows, _paths_from(output, [images[row] for row in rows]), strict=True):
+        image = images[row]
+        table.writerow([name, f"{groups[row] + 1:0{digits}}", *[image.camera] * with_camera, "train",
+                        *(image.box or [""] * 4) * with_boxes])
+    write_output(output, text.getvalue())
+
+
+def _draw(path: Path, images: Sequence[UserImage], groups: np.ndarray, rows: np.ndarray) -> None:
+    """The largest groups, a row each: some of its images, from the most typical to the least."""
+    lines = []
+    for number in range(min(contact_sheet.MOST_ROWS, groups[rows].max() + 1)):
+        of_group = rows[groups[rows] == number]
+        shown = of_group[np.unique(np.linspace(0, len(of_group) - 1, _SHOWN).round().astype(int))]
+        lines.append([(images[row], f"{number + 1}: {len(of_group)} images" if row == shown[0] else images[row].camera)
+                      for row in shown])
+    contact_sheet.draw(path, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command with `arguments` (None: the process's own); returns its exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m jlml_jax.group", description=__doc__, epilog=_DETAILS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
+    parser.add_argument("--images", metavar="DIR|CSV|GLOB|FILE", required=True, help="what to group; see below")
+    parser.add_argument("--output", metavar="CSV", required=True,
+                        help="the labels, in the folder that the images are in, or above it")
+    parser.add_argument("--false_accept_rate", type=float, metavar="RATE",
+                        help="join groups up to the distance that the run's calibration has for this rate "
+                             "(default: 1e-3)")
+    parser.add_argument("--threshold", type=float, metavar="DISTANCE", help="or up to this distance")
+    parser.add_argument("--min_images", type=int, default=1, metavar="N", help="leave out groups of fewer images")
+    parser.add_argument("--picture", metavar="FILE",
+                        help=f"draws up to {_SHOWN} images of each of the {contact_sheet.MOST_ROWS} largest groups; "
+                             "the suffix names the format")
+    parser.add_argument("--keep_going", action="store_true",
+                        help="list bad images at the end and leave them out, instead of stopping")
+    parser.add_argument("--clip_boxes", action="store_true",
+                        help="cut boxes that cross the edge of their frame to it, instead of refusing them")
+    options = vars(parser.parse_args(arguments))
+    return exit_status(lambda: group(**options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Which images show one person, where nobody has said so: groups of features that are near each other."""
+
+import numpy as np
+import scipy.cluster.hierarchy
+
+from jlml_jax.distances import l2_distances
+from jlml_jax.errors import UserError
+
+MOST_IMAGES = 30_000  # the distances of all pairs are held twice, in float64: 7 GB
+_BLOCK = 1024  # images whose distances to all others are computed at a time
+_NEVER = 1e12  # a distance that no mean with other distances brings below a threshold
+
+
+def group(features: np.ndarray, threshold: float, frames: np.ndarray | None = None) -> np.ndarray:
+    """Agglomerative clustering by average linkage: the two nearest groups are joined, again and again, as long as the
+    mean L2 distance between an image of one and an image of the other is at most `threshold`.
+
+    By the mean, one wrong pair does not join two persons, nor does one bad view part them. Measured against
+    alternatives in experiments/results/grouping.md.
+
+    Args:
+        features: float [N, D].
+        threshold: a distance, such as `calibration` measures.
+        frames: int [N]: images of one frame, of equal number >= 0, are of different people; -1: of none. None: of none.
+
+    Returns:
+        The group of each image, int64 [N], numbered from 0 by size, the largest first; equal ones by their first image.
+
+    Raises:
+        UserError: a feature is NaN or infinite, or there are more than `MOST_IMAGES`.
+    """
+    number = len(features)
+    if number > MOST_IMAGES:
+        raise UserError(f"{number:,} images are more than can be grouped at once, {MOST_IMAGES:,}; group them by place "
+                        "or day, say")
+    if number < 2:
+        return np.zeros(number, np.int64)
+    distances, end = np.empty(number * (number - 1) // 2), 0  # of each image to those after it
+    for start in range(0, number, _BLOCK):
+        block = l2_distances(features[start:start + _BLOCK], features[start:])
+        for row, values in enumerate(block, start):
+            values = values[row - start + 1:]
+            distances[end:end + len(values)] = values
+            if frames is not None and frames[row] >= 0:
+                distances[end:end + len(values)][frames[row + 1:] == frames[row]] = _NEVER
+            end += len(values)
+    tree = scipy.cluster.hierarchy.linkage(distances, "average")
+    _, first, groups, sizes = np.unique(scipy.cluster.hierarchy.fcluster(tree, threshold, "distance"),
+                                        return_index=True, return_inverse=True, return_counts=True)
+    ranks = np.empty(len(sizes), np.int64)
+    ranks[np.lexsort((first, -sizes))] = np.arange(len(sizes))
+    return ranks[groups]
+
+
+def typical_first(features: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """All images by group, and within one by the distance from the mean of its features, int64 [N]."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    means = np.add.reduceat(features[order], starts, dtype=np.float64) / np.bincount(groups)[:, None]
+    distances = np.linalg.norm(features - means[groups], axis=1)
+    return np.lexsort((distances, groups))
+
+
+def agreement(groups: np.ndarray, identities: np.ndarray) -> tuple[float, float]:
+    """How well groups agree with who is known to be on the images: B-cubed precision and recall (Bagga and Baldwin
+    1998), 0 to 1.
+
+    Precision is the mean, over the images, of the share of an image's group that shows its person; recall, of the share
+    of its person's images that are in its group.
+
+    Args:
+        groups: int [N], N > 0.
+        identities: [N].
+    """
+    _, persons = np.unique(identities, return_inverse=True)
+
+    def images_alike(labels: np.ndarray) -> np.ndarray:  # of each image, how many have its label
+        _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        return counts[inverse]
+
+    both = images_alike(groups * (persons.max() + 1) + persons)
+    return (both / images_alike(groups)).mean(), (both / images_alike(persons)).mean()
