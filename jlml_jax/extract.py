@@ -8,7 +8,7 @@ import numpy as np
 
 from jlml_jax import features_file
 from jlml_jax.errors import exit_status
-from jlml_jax.extractor import embed, load_extractor
+from jlml_jax.extractor import embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
 from jlml_jax.files import user_path
 from jlml_jax.user_images import list_images
@@ -35,13 +35,11 @@ def extract(workdir: str, images: str, output: str, *, keep_going: bool = False,
     for note in listing.notes:
         print(note)
     extractor = load_extractor(workdir)
-    done, features = [], []
-    for embedded, _, rows in embed(listing.images, extractor, keep_going=keep_going):
-        done += [loaded.image for loaded in embedded]
-        features.append(rows)
+    embedded, features = embed_all(listing.images, extractor, keep_going=keep_going)
+    done = [loaded.image for loaded in embedded]
     boxes = [image.box for image in done if image.box]
     features_file.write(output, FeaturesFile(
-        features=np.concatenate(features),
+        features=features,
         files=np.array([image.file for image in done]),
         identities=np.array([image.identity for image in done]),
         cameras=np.array([image.camera for image in done]),

@@ -197,3 +197,10 @@ def embed(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool
         yield read, seen, extractor(pixels.reshape(len(read), extractor.height, extractor.width, 3),
                                     [loaded.image.camera for loaded in read])
     tell_clipped(clipped)
+
+
+def embed_all(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool
+              ) -> tuple[list[LoadedImage], np.ndarray]:
+    """The images that `embed` has read, and the features of all of them [number read, dim]."""
+    batches = [(read, features) for read, _, features in embed(images, extractor, keep_going=keep_going)]
+    return [loaded for read, _ in batches for loaded in read], np.concatenate([features for _, features in batches])

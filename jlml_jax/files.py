@@ -8,7 +8,7 @@ import platform
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -60,6 +60,18 @@ def check_output(path: Path, option: str = "--output") -> None:
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{option}={path} cannot be written: {path.parent} is not a folder that can be written to; "
                         "give a file in one that is")
+
+
+def refuse_replacing(files: Mapping[str, str | None]) -> None:
+    """A UserError if two options name one file, of which at least one is written."""
+    options = {}
+    for option, file in files.items():
+        if file is not None:
+            options.setdefault(os.path.realpath(user_path(file)), []).append(option)
+    for file, named in options.items():
+        if len(named) > 1 and named[-1] in ("--output", "--picture"):
+            raise UserError(f"{' and '.join(named)} are one file, {file}, which would be replaced; give {named[-1]} "
+                            "another name")
 
 
 def write_output(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -> None:

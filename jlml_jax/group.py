@@ -14,11 +14,13 @@ from jlml_jax import calibration, contact_sheet, features_file, grouping
 from jlml_jax.calibration import format_rate
 from jlml_jax.datasets.folder import BOX_COLUMNS, NOBODY, path_within
 from jlml_jax.errors import UserError, exit_status, first_few
-from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor
-from jlml_jax.files import check_output, user_path, write_output
+from jlml_jax.extractor import Extractor, check_fingerprint, embed_all, load_extractor
+from jlml_jax.features_file import FeaturesFile
+from jlml_jax.files import check_output, refuse_replacing, user_path, write_output
 from jlml_jax.user_images import UserImage, list_images
 
 _SHOWN = 12  # images of a group in the picture
+_USUAL_RATE = 1e-3
 
 _DETAILS = """Groups are joined as long as the mean distance between the images of one and those of the other is at
 most a threshold: that of --false_accept_rate in the run's calibration, or --threshold. A lower one parts persons into
@@ -56,9 +58,26 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
         contact_sheet.check(user_path(picture))
     if min_images < 1:
         raise UserError(f"--min_images={min_images} must be at least 1")
+    if threshold is not None and false_accept_rate is not None:
+        raise UserError("--threshold and --false_accept_rate are two ways to say one thing; give one of them")
+    if threshold is not None and not threshold > 0:  # NaN, too
+        raise UserError(f"--threshold={threshold} must be above 0")
+    refuse_replacing({"--images": images, "--output": output, "--picture": picture})
+    listed, table = _listed(images, clip_boxes)
+    grouping.check_number(len(listed))
+    _paths_from(output, listed)
     extractor = load_extractor(workdir)
-    threshold, told = _threshold(user_path(workdir), extractor, false_accept_rate, threshold)
-    found, features = _features(images, output, extractor, keep_going, clip_boxes)
+    if threshold is None:
+        threshold, told = _calibrated(user_path(workdir), extractor, _USUAL_RATE if false_accept_rate is None else
+                                       false_accept_rate)
+    else:
+        told = f"a mean distance of at most {threshold:g}"
+    if table is not None:
+        check_fingerprint(images, table.fingerprint, extractor)
+        found, features = listed, table.features
+    else:
+        embedded, features = embed_all(listed, extractor, keep_going=keep_going)
+        found = [loaded.image for loaded in embedded]
     groups = grouping.group(features, threshold, _frames(found))
     sizes = np.bincount(groups)
     print(f"{len(found):,} images in {len(sizes):,} groups, at {told}; {(sizes == 1).sum():,} groups are of one image, "
@@ -80,15 +99,20 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
         _draw(user_path(picture), found, groups, kept)
 
 
-def _threshold(workdir: Path, extractor: Extractor, rate: float | None, threshold: float | None) -> tuple[float, str]:
-    """The distance up to which groups are joined, and that in words."""
-    if threshold is not None:
-        if rate is not None:
-            raise UserError("--threshold and --false_accept_rate are two ways to say one thing; give one of them")
-        if not threshold > 0:  # NaN, too
-            raise UserError(f"--threshold={threshold} must be above 0")
-        return threshold, f"a mean distance of at most {threshold:g}"
-    rate = 1e-3 if rate is None else rate
+def _listed(source: str, clip_boxes: bool) -> tuple[list[UserImage], FeaturesFile | None]:
+    """The images that `source` names, and their features, if it is a file of these."""
+    path = user_path(source)
+    if path.suffix in features_file.SUFFIXES and not path.is_dir():
+        table = features_file.read(path)
+        return [table.image(row) for row in range(len(table))], table
+    listing = list_images(source, clip_boxes=clip_boxes)
+    for note in listing.notes:
+        print(note)
+    return listing.images, None
+
+
+def _calibrated(workdir: Path, extractor: Extractor, rate: float) -> tuple[float, str]:
+    """The distance that the run's calibration has for a false accept rate, and that in words."""
     verdicts = calibration.load_verdicts(workdir, extractor)
     measured = dict(verdicts.thresholds)
     if rate not in measured:
@@ -98,27 +122,6 @@ def _threshold(workdir: Path, extractor: Extractor, rate: float | None, threshol
                         "--threshold")
     return measured[rate], (f"a mean distance of at most {measured[rate]:.4f}, a false accept rate of "
                             f"{format_rate(rate)}")
-
-
-def _features(source: str, output: Path, extractor: Extractor, keep_going: bool, clip_boxes: bool
-              ) -> tuple[list[UserImage], np.ndarray]:
-    """The images that `source` names, and their features [N, D]."""
-    path = user_path(source)
-    if path.suffix in features_file.SUFFIXES and not path.is_dir():
-        table = features_file.read(path)
-        check_fingerprint(source, table.fingerprint, extractor)
-        images = [table.image(row) for row in range(len(table))]
-        _paths_from(output, images)
-        return images, table.features
-    listing = list_images(source, clip_boxes=clip_boxes)
-    _paths_from(output, listing.images)
-    for note in listing.notes:
-        print(note)
-    images, features = [], []
-    for loaded, _, rows in embed(listing.images, extractor, keep_going=keep_going):
-        images += [one.image for one in loaded]
-        features.append(rows)
-    return images, np.concatenate(features)
 
 
 def _paths_from(output: Path, images: Sequence[UserImage]) -> list[str]:
@@ -176,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="the labels, in the folder that the images are in, or above it")
     parser.add_argument("--false_accept_rate", type=float, metavar="RATE",
                         help="join groups up to the distance that the run's calibration has for this rate "
-                             "(default: 1e-3)")
+                             f"(default: {format_rate(_USUAL_RATE)})")
     parser.add_argument("--threshold", type=float, metavar="DISTANCE", help="or up to this distance")
     parser.add_argument("--min_images", type=int, default=1, metavar="N", help="leave out groups of fewer images")
     parser.add_argument("--picture", metavar="FILE",

@@ -30,9 +30,7 @@ def group(features: np.ndarray, threshold: float, frames: np.ndarray | None = No
         UserError: a feature is NaN or infinite, or there are more than `MOST_IMAGES`.
     """
     number = len(features)
-    if number > MOST_IMAGES:
-        raise UserError(f"{number:,} images are more than can be grouped at once, {MOST_IMAGES:,}; group them by place "
-                        "or day, say")
+    check_number(number)
     if number < 2:
         return np.zeros(number, np.int64)
     distances, end = np.empty(number * (number - 1) // 2), 0  # of each image to those after it
@@ -50,6 +48,13 @@ def group(features: np.ndarray, threshold: float, frames: np.ndarray | None = No
     ranks = np.empty(len(sizes), np.int64)
     ranks[np.lexsort((first, -sizes))] = np.arange(len(sizes))
     return ranks[groups]
+
+
+def check_number(images: int) -> None:
+    """A UserError if so many images cannot be grouped: told before they are embedded, not after."""
+    if images > MOST_IMAGES:
+        raise UserError(f"{images:,} images are more than can be grouped at once, {MOST_IMAGES:,}; group them by place "
+                        "or day, say")
 
 
 def typical_first(features: np.ndarray, groups: np.ndarray) -> np.ndarray:

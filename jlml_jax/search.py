@@ -4,9 +4,8 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,9 @@ from tqdm import tqdm
 
 from jlml_jax import calibration, contact_sheet, features_file, search_results
 from jlml_jax.errors import UserError, exit_status, first_few, printable
-from jlml_jax.extractor import Extractor, check_fingerprint, embed, load_extractor
+from jlml_jax.extractor import Extractor, check_fingerprint, embed, embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
-from jlml_jax.files import check_output, user_path
+from jlml_jax.files import check_output, refuse_replacing, user_path
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
 from jlml_jax.reranking import Reranking
 from jlml_jax.search_results import Found, Query
@@ -152,7 +151,7 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
         check_output(user_path(output))
     if picture is not None:
         contact_sheet.check(user_path(picture))
-    _refuse_replacing({"--gallery": gallery, "--query": query, "--output": output, "--picture": picture})
+    refuse_replacing({"--gallery": gallery, "--query": query, "--output": output, "--picture": picture})
     extractor = load_extractor(folder)
     verdicts = calibration.load_verdicts(folder, extractor)
     queries = []
@@ -211,18 +210,6 @@ def _reranked_order(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     return np.argsort(distances[0], kind="stable")
 
 
-def _refuse_replacing(files: Mapping[str, str | None]) -> None:
-    """A UserError if two options name one file, of which at least one is written."""
-    options = {}
-    for option, file in files.items():
-        if file is not None:
-            options.setdefault(os.path.realpath(user_path(file)), []).append(option)
-    for file, named in options.items():
-        if len(named) > 1 and named[-1] in ("--output", "--picture"):
-            raise UserError(f"{' and '.join(named)} are one file, {file}, which would be replaced; give {named[-1]} "
-                            "another name")
-
-
 def _query_images(source: str, camera: str | None, camera_needed: bool, clip_boxes: bool) -> list[UserImage]:
     """The images to search for, of `camera` if that is given."""
     listing = list_images(source, clip_boxes=clip_boxes)
@@ -239,10 +226,9 @@ def _query_images(source: str, camera: str | None, camera_needed: bool, clip_box
 
 def _embed_queries(images: Sequence[UserImage], extractor: Extractor, same_person: bool, keep_going: bool
                    ) -> list[Query]:
-    queries = []
-    for read, _, features in embed(images, extractor, keep_going=keep_going):
-        queries += [Query([loaded.image], [loaded.digest], feature)
-                    for loaded, feature in zip(read, features, strict=True)]
+    embedded, features = embed_all(images, extractor, keep_going=keep_going)
+    queries = [Query([loaded.image], [loaded.digest], feature)
+               for loaded, feature in zip(embedded, features, strict=True)]
     if same_person:
         mean = np.mean([query.feature for query in queries], axis=0, dtype=np.float64)
         queries = [Query([query.images[0] for query in queries], [query.digests[0] for query in queries],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jlml_jax import calibrate, extract, group, prepare, protocols
+from jlml_jax import calibrate, extract, group, grouping, prepare, protocols
 from jlml_jax.user_images import list_images
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 220)]  # of persons
@@ -168,6 +168,15 @@ def test_images_out_of_the_reach_of_the_csv(refusal, crops, tmp_path):
 def test_arguments_that_are_refused(refusal, crops, tmp_path, arguments, message):
     assert message in refusal(f"--images={crops}", f"--output={tmp_path / 'people.csv'}", *arguments)
     assert not (tmp_path / "people.csv").exists()
+
+
+def test_what_would_be_replaced_and_too_many_images(refusal, crops, tmp_path, monkeypatch):
+    (tmp_path / "list.csv").write_text("image\ncrops/00.png\ncrops/01.png\n")
+    error = refusal(f"--images={tmp_path / 'list.csv'}", f"--output={tmp_path / 'list.csv'}", "--threshold=1")
+    assert "--images and --output are one file" in error
+    monkeypatch.setattr(grouping, "MOST_IMAGES", 13)
+    monkeypatch.setattr(group, "load_extractor", lambda _: pytest.fail("embeds what cannot be grouped"))
+    assert "14 images are more than can" in refusal(f"--images={crops}", f"--output={tmp_path / 'people.csv'}")
 
 
 def test_the_output_must_be_a_csv(refusal, crops, tmp_path):
