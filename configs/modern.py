@@ -1,4 +1,4 @@
-"""Market-1501, the modern recipe; the other benchmarks by --config.data.name=viper|grid|cuhk03/detected.
+"""Market-1501, the modern recipe; the other benchmarks by --config.data.name=viper|grid|cuhk03/detected|msmt17.
 
 JLML's network and losses, trained from the weights of Tiny-ImageNet-200 (--config.init_from) or from random ones, with
 what has become usual since. Judged on held-out people at a small scale (experiments/results/studies.md): by three seeds

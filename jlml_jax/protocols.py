@@ -241,6 +241,18 @@ def _fixed_splits(name: str, data: ml_collections.ConfigDict) -> Protocol:
     return Protocol(1, trial)
 
 
+def _msmt17(name: str, data: ml_collections.ConfigDict) -> Protocol:
+    """As Market-1501's; of the version whose faces are masked, the protocol's name says so."""
+    protocol = _fixed_splits(name, data)
+    if not datasets.metadata(name, data.data_dir)["faces_masked"]:
+        return protocol
+
+    def trial(number: int) -> Trial:
+        published = protocol.trial(number)
+        return dataclasses.replace(published, protocol=f"{published.protocol}, faces masked")
+    return dataclasses.replace(protocol, trial=trial)
+
+
 def _viper(name: str, data: ml_collections.ConfigDict) -> Protocol:
     """10 random halves of the people, the same in every run; cam_a is queried against cam_b (Gray and Tao, 2008)."""
     splits = datasets.load(name, ("cam_a", "cam_b"), data.data_dir)
@@ -361,8 +373,8 @@ def _training_people(name: str, data: ml_collections.ConfigDict) -> Split | None
     return protocol.trial(0).train
 
 
-_PROTOCOLS = {"cuhk03": _cuhk03, "grid": _grid, "imagenet2012": _imagenet, "tiny_imagenet": _imagenet,
-              "viper": _viper}
+_PROTOCOLS = {"cuhk03": _cuhk03, "grid": _grid, "imagenet2012": _imagenet, "msmt17": _msmt17,
+              "tiny_imagenet": _imagenet, "viper": _viper}
 
 # The splits that have all images of a data set's people, where these are not train, query and gallery.
 _PEOPLE_SPLITS = {"cuhk03": ("crops",), "grid": ("probe", "gallery"), "viper": ("cam_a", "cam_b")}

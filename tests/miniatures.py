@@ -1,4 +1,4 @@
-"""Miniatures of VIPeR, GRID and CUHK03 in the layouts of the originals, with their traps; the images are noise."""
+"""Miniatures of VIPeR, GRID, CUHK03 and MSMT17 in the original layouts, with their traps; the images are noise."""
 
 import dataclasses
 from pathlib import Path
@@ -143,3 +143,27 @@ def _write_new_protocol(folder: Path, config: str, images: dict[str, Cuhk03Image
     columns["filelist"] = np.array([[name] for name in names], object)
     scipy.io.savemat(folder / f"cuhk03_new_protocol_config_{config}.mat", columns)
     return parts
+
+
+def write_msmt17(folder: Path, train: str = "train", test: str = "test") -> dict[str, dict[str, int]]:
+    """Writes the miniature into `folder`, images into its `train` and `test`; returns its counts, as `Msmt17.EXPECTED`.
+
+    Four people in train, and five others of the same numbers, from 0, in test, each in two images from three cameras,
+    the second of which is in list_val.txt or a query.
+    """
+    rng = np.random.default_rng(0)
+    lists: dict[str, list[str]] = {"train": [], "val": [], "query": [], "gallery": []}
+    for subfolder, listed, number, minute in ((train, ("train", "val"), 4, 6), (test, ("gallery", "query"), 5, 307)):
+        for person in range(number):
+            (folder / subfolder / f"{person:04d}").mkdir(parents=True)
+            for index, camera in enumerate((12, 12, 1, 1, 7 + person, 7 + person)):
+                time = f"0303morning_{minute:04d}_{index + 6}" + "_ex" * (camera == 1)  # as of some in the original
+                name = f"{person:04d}/{person:04d}_{index:03d}_{camera:02d}_{time}.jpg"
+                pixels = rng.integers(0, 255, (40 + person, 20 + index, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / subfolder / name)
+                lists[listed[index % 2]].append(f"{name} {person}\n")
+    for name, lines in lists.items():
+        (folder / f"list_{name}.txt").write_text("".join(lines[::-1]))
+    return {"train": {"images": 24, "identities": 4, "cameras": 6},
+            "query": {"images": 15, "identities": 5, "cameras": 7},
+            "gallery": {"images": 15, "identities": 5, "cameras": 7}}

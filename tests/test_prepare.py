@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from market1501_miniature import write_market1501
-from miniatures import write_cuhk03, write_grid, write_viper
+from miniatures import write_cuhk03, write_grid, write_msmt17, write_viper
 from PIL import Image
 from processes import WITHOUT_TENSORFLOW, run_program
 
@@ -332,10 +332,12 @@ prepare.main(["market1501", "--source={original}", "--data_dir={data_dir}"])
 def test_all_build_and_read_without_tensorflow(tmp_path, data_dir):
     """TFRecord is the exception, which TensorFlow alone reads."""
     sources = {"market1501": tmp_path / "market", "viper": tmp_path / "viper", "grid": tmp_path / "grid",
-               "cuhk03/labeled": tmp_path / "cuhk03", "cuhk03/detected": tmp_path / "cuhk03"}
+               "msmt17": tmp_path / "msmt17", "cuhk03/labeled": tmp_path / "cuhk03",
+               "cuhk03/detected": tmp_path / "cuhk03"}
     write_market1501(sources["market1501"], images_per_camera=1)
     write_viper(sources["viper"])
     grid_counts = write_grid(sources["grid"])
+    write_msmt17(sources["msmt17"])
     write_cuhk03(tmp_path / "cuhk03")
     Market1501(data_dir=tmp_path / "tfrecord", file_format="tfrecord").build(sources["market1501"])
     program = WITHOUT_TENSORFLOW + f"""
@@ -368,8 +370,8 @@ sys.exit(prepare.exit_status(lambda: datasets.load("market1501", ("train",), "{t
     assert [line for line in result.stdout.splitlines() if line.startswith("read ")] == [
         "read cuhk03/detected 280 incomplete new_protocol testsets",
         "read cuhk03/labeled 275 incomplete new_protocol testsets",
-        "read grid 15 partitions", "read market1501 65 incomplete", "read synthetic_pedestrians 40",
-        "read viper 10 incomplete"]
+        "read grid 15 partitions", "read market1501 65 incomplete", "read msmt17 54 faces_masked incomplete",
+        "read synthetic_pedestrians 40", "read viper 10 incomplete"]
 
 
 def test_wrong_arguments(refused, data_dir):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import scipy.io
 from market1501_miniature import write_market1501
-from miniatures import VIPER_PREFIXES, Cuhk03Miniature, write_cuhk03, write_grid, write_viper
+from miniatures import VIPER_PREFIXES, Cuhk03Miniature, write_cuhk03, write_grid, write_msmt17, write_viper
 from PIL import Image
 from reference_ranking import assert_equal, score, score_single_shot, squared_distances
 
@@ -28,6 +28,7 @@ from jlml_jax.datasets.base import Split
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import PARTITIONS, Grid
 from jlml_jax.datasets.market1501 import Market1501
+from jlml_jax.datasets.msmt17 import Msmt17
 from jlml_jax.datasets.stored import StoredImages
 from jlml_jax.datasets.viper import Viper
 from jlml_jax.errors import UserError
@@ -55,6 +56,7 @@ class Prepared:
 
     data_dir: Path
     market1501: Path
+    msmt17: Path
     grid: Path
     cuhk03: Cuhk03Miniature
 
@@ -63,7 +65,7 @@ class Prepared:
 def prepared(tmp_path_factory):
     data_dir, sources = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("sources")
     expected = {Market1501: write_market1501(sources / "market1501"), Viper: write_viper(sources / "viper"),
-                Grid: write_grid(sources / "grid")}
+                Grid: write_grid(sources / "grid"), Msmt17: write_msmt17(sources / "msmt17")}
     # A camera does not ask for person 1, another has no further image of person 3, and one has four of person 5.
     gone = ["query/0001_c3s1_000100_00.jpg", "gt_bbox/0003_c1s1_000300_00.jpg", "gt_bbox/0003_c1s1_000301_00.jpg"]
     for name in gone:
@@ -78,7 +80,7 @@ def prepared(tmp_path_factory):
             patches.enter_context(mock.patch.object(builder, "EXPECTED", counts))
         patches.enter_context(mock.patch.object(
             Cuhk03, "EXPECTED", property(lambda builder: cuhk03.counts(builder.builder_config.name))))
-        for name in ("market1501", "viper", "grid", "cuhk03/detected", "cuhk03/labeled"):
+        for name in ("market1501", "msmt17", "viper", "grid", "cuhk03/detected", "cuhk03/labeled"):
             prepare.prepare(name, sources / name.partition("/")[0], data_dir)
     for name, rows in SHOPS.items():
         folder = sources / name
@@ -87,7 +89,7 @@ def prepared(tmp_path_factory):
         for row in csv.reader(rows):
             Image.fromarray(np.full((4, 2, 3), ord(row[0][0]), np.uint8)).save(folder / row[0])
         prepare.prepare(f"folder/{name}", folder / "people.csv", data_dir)
-    return Prepared(data_dir, sources / "market1501", sources / "grid", cuhk03)
+    return Prepared(data_dir, sources / "market1501", sources / "msmt17", sources / "grid", cuhk03)
 
 
 @pytest.fixture
@@ -167,6 +169,42 @@ def test_market1501(prepared, config):
     assert trial.identities().tolist() == [2, 4, 6, 8]
     assert trial.people() == {"market1501": [2, 4, 6, 8]}
     assert trial.labels().tolist() == [int(name[:4]) // 2 - 1 for name in trial.train.names]
+
+
+def test_msmt17(prepared, config):
+    """The people of the test go by the numbers of those of train in the original, and are others."""
+    trial, = trials_of("msmt17", config)
+    listed = {name: set(re.findall(r"/(\S+)", (prepared.msmt17 / f"list_{name}.txt").read_text()))
+              for name in ("train", "val", "query", "gallery")}
+    assert names(trial.train) == listed["train"] | listed["val"]
+    assert (names(trial.query), names(trial.gallery)) == (listed["query"], listed["gallery"])
+    assert (trial.protocol, trial.single_gallery_shot, trial.incomplete) == ("single-query", False, "")
+    assert trial.multi_query is None
+    assert trial.people() == {"msmt17": [1, 2, 3, 4]}
+    assert trial.tested_people() == {"msmt17": [1042, 1043, 1044, 1045, 1046]}
+    assert trial.labels().tolist() == [int(name[:4]) for name in trial.train.names]
+    protocols.refuse_trained_on(trial, protocols.label_map(trial, None))
+
+    everybody, = trials_of("msmt17+viper", config)
+    assert everybody.people()["msmt17"] == [*range(1, 5), *range(1042, 1047)]
+    assert len(everybody.train) == 24 + 15 + 15 + 10 and len(everybody.identities()) == 9 + 5
+    with pytest.raises(UserError, match=r"5 of the 5 test identities of msmt17, trial 0 \(such as 1042\), were"):
+        protocols.refuse_trained_on(trial, protocols.label_map(everybody, None))
+    config.data.joined_splits = "train"
+    training, = trials_of("msmt17+market1501", config)
+    assert training.people() == {"msmt17": [1, 2, 3, 4], "market1501": [2, 4, 6, 8]}
+    protocols.refuse_trained_on(trial, protocols.label_map(training, None))
+
+
+def test_msmt17_with_masked_faces_says_so(config, tmp_path):
+    """Its results are not those of the other version."""
+    write_msmt17(tmp_path / "source", "mask_train_v2", "mask_test_v2")
+    config.data.data_dir = str(tmp_path / "data")
+    prepare.prepare("msmt17", tmp_path / "source", config.data.data_dir, incomplete="a miniature")
+    trial, = trials_of("msmt17", config)
+    assert trial.protocol == "single-query, faces masked"
+    assert {row["protocol"] for row in evaluate.evaluate_trials([trial], features_of, config.evaluate)} == {
+        "single-query, faces masked"}
 
 
 def test_viper(config):
@@ -401,7 +439,7 @@ def test_a_union_with_nothing_beside_a_plus_is_refused(config, name):
     refusal(name, config, "unknown data set ''")
 
 
-@pytest.mark.parametrize("name", ["market1501", "viper", "grid", "cuhk03/detected", "viper+grid"])
+@pytest.mark.parametrize("name", ["market1501", "msmt17", "viper", "grid", "cuhk03/detected", "viper+grid"])
 def test_training_identities_may_take_the_place_of_the_test(config, name):
     published = protocols.load(name, config.data).trial(0)
     config.data.held_out_identities = 1
@@ -662,8 +700,8 @@ def assert_rows(rows, trials, config, extract=features_of):
 
 
 @pytest.mark.parametrize("name, chosen", [
-    ("market1501", "all"), ("viper", "all"), ("grid", "all"), ("cuhk03/labeled", "0"), ("cuhk03/detected", "18-19"),
-    ("folder/test_only", "all")])
+    ("market1501", "all"), ("msmt17", "all"), ("viper", "all"), ("grid", "all"), ("cuhk03/labeled", "0"),
+    ("cuhk03/detected", "18-19"), ("folder/test_only", "all")])
 def test_results_equal_brute_force(config, name, chosen):
     protocol = protocols.load(name, config.data)
     trials = [protocol.trial(number) for number in protocol.numbers(chosen)]
@@ -673,8 +711,8 @@ def test_results_equal_brute_force(config, name, chosen):
     assert_rows(rows, trials, config)
     assert {row["dataset"] for row in rows} == {name}
     assert {row["num_gallery"] for row in rows} == {
-        "market1501": {29}, "viper": {3}, "grid": {6}, "cuhk03/labeled": {100}, "cuhk03/detected": {100},
-        "folder/test_only": {5}}[name]
+        "market1501": {29}, "msmt17": {15}, "viper": {3}, "grid": {6}, "cuhk03/labeled": {100},
+        "cuhk03/detected": {100}, "folder/test_only": {5}}[name]
     assert min(row["mean_ap"] for row in rows) > 0 and any(row["rank1"] < 1 for row in rows)
     assert_means(means, rows)
 

@@ -352,6 +352,11 @@ def test_dry_run_lists_runs_and_trains_nothing(trained, arguments, no_training, 
     assert not no_training and not (trained / DATASET / "jlml" / "seed-7").exists()
 
 
+def test_a_data_set_without_a_config_of_its_own():
+    config = command._parse_config(["tables"], "msmt17")
+    assert (config.name, config.data.name, config.data.trials) == ("market1501", "msmt17", "all")
+
+
 def test_estimate(arguments):
     config = command._parse_config(["tables", *arguments[1:]], DATASET)
     found = timing.estimate(config)

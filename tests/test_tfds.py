@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import tensorflow_datasets as tfds
 from market1501_miniature import write_market1501
-from miniatures import write_cuhk03, write_grid, write_viper
+from miniatures import write_cuhk03, write_grid, write_msmt17, write_viper
 from processes import ROOT, run_program
 from tiny_imagenet_miniature import write_tiny_imagenet
 
@@ -16,6 +16,7 @@ from jlml_jax.datasets import cuhk03, synthetic_pedestrians
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import Grid
 from jlml_jax.datasets.market1501 import Market1501
+from jlml_jax.datasets.msmt17 import Msmt17
 from jlml_jax.datasets.tiny_imagenet import TinyImagenet
 from jlml_jax.datasets.viper import Viper
 
@@ -73,6 +74,15 @@ class Cuhk03DetectedTest(OnMiniature, tfds.testing.DatasetBuilderTestCase):
 class Cuhk03LabeledTest(Cuhk03DetectedTest):
     BUILDER_CONFIG_NAMES_TO_TEST = ["labeled"]
     SPLITS = {"crops": 275}
+
+
+class Msmt17Test(OnMiniature, tfds.testing.DatasetBuilderTestCase):
+    DATASET_CLASS = Msmt17
+    SPLITS = {"train": 24, "query": 15, "gallery": 15}
+
+    @classmethod
+    def draw(cls, folder):
+        write_msmt17(folder)
 
 
 class TinyImagenetTest(OnMiniature, tfds.testing.DatasetBuilderTestCase):

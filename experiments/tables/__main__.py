@@ -14,8 +14,9 @@ Examples:
       --config.data.held_out_identities=500
   python -m experiments.tables --table=10 --dataset=market1501 --only=uni_loss --seeds=1      one run, for a cluster
 
-The config of all rows is configs/DATASET.py with all trials of the protocol, or --config=FILE; --config.k=v changes a
-field for all rows. In init_from, {row} stands for the row's name: a row of another network needs its own pre-training.
+The config of all rows is configs/DATASET.py (for msmt17 that of Market-1501) with all trials of the protocol, or
+--config=FILE; --config.k=v changes a field for all rows. In init_from, {row} stands for the row's name: a row of
+another network needs its own pre-training.
 """
 
 import shutil
@@ -40,7 +41,8 @@ from jlml_jax.files import user_path, write_atomically
 from jlml_jax.new_run import new_folder
 from jlml_jax.train import train_and_evaluate
 
-_CONFIG_NAMES = {"synthetic_pedestrians": "synthetic", "imagenet2012": "imagenet", "tiny_imagenet": "imagenet"}
+_CONFIG_NAMES = {"imagenet2012": "imagenet", "msmt17": "market1501", "synthetic_pedestrians": "synthetic",
+                 "tiny_imagenet": "imagenet"}
 _OTHER_FLAGS = {"data.name": "--dataset", "seed": "--seeds"}
 
 

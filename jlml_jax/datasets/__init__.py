@@ -23,6 +23,7 @@ _BUILDERS = {
     "grid": "jlml_jax.datasets.grid:Grid",
     "imagenet2012": "jlml_jax.datasets.imagenet:Imagenet2012",
     "market1501": "jlml_jax.datasets.market1501:Market1501",
+    "msmt17": "jlml_jax.datasets.msmt17:Msmt17",
     "synthetic_pedestrians": "jlml_jax.datasets.synthetic_pedestrians:SyntheticPedestrians",
     "tiny_imagenet": "jlml_jax.datasets.tiny_imagenet:TinyImagenet",
     "viper": "jlml_jax.datasets.viper:Viper",
