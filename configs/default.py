@@ -86,6 +86,10 @@ def get_config() -> ConfigDict:
     # evaluate.norm_statistics=camera. A batch must have several images of each camera. The running statistics are of
     # all cameras together; extract, search and export have each camera's after jlml_jax.adapt --by_camera.
     train.norm_by_camera = False
+    # The network is frozen from its input up to and including this layer of Table 1, in all branches: conv1, conv2,
+    # conv3, conv4, conv5, or feature, which leaves the identity layers. BN there normalises by its running statistics
+    # and leaves them as they are. It needs init_from, and does not go with norm_by_camera. Empty: nothing is frozen.
+    train.frozen_through = ""
     train.dtype = "auto"  # of convolutions: float32, bfloat16; auto: bfloat16 on GPU and TPU. Inference is in float32
     # At most, with all images on the devices; 0: 25, and 1 on a CPU. Taken is a divisor of log_every, checkpoint_every,
     # evaluate.every and train.steps.

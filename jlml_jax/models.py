@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jlml_jax.errors import UserError
 from jlml_jax.layers import BatchNorm, Conv, he_normal, max_pool, unit_length
@@ -49,22 +50,25 @@ class Tower(nn.Module):
     """conv2_x to conv5_x and the average pool: [B, H, W, C] -> [B, 2 * widths[-1]], float32.
 
     Each stage is `depth` residual units of `widths[k]` inner and twice as many outer features; every stage but the
-    first halves height and width. What each stage gives is sown into `intermediates`.
+    first halves height and width. What each stage gives is sown into `intermediates`. The stages that `frozen` names,
+    such as conv2, are in training what they are at test.
     """
 
     widths: Sequence[int]
     depth: int
     conv: type[nn.Module]
     norm: type[nn.Module]
+    frozen: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, cameras: jax.Array | None = None) -> jax.Array:
         for stage, width in enumerate(self.widths):
+            layer = f"conv{stage + 2}"
             for unit in range(self.depth):
                 stride = 2 if stage > 0 and unit == 0 else 1
                 x = ResidualUnit((width, 2 * width), stride, self.conv, self.norm,
-                                 name=f"conv{stage + 2}_{unit + 1}")(x, train, cameras)
-            self.sow("intermediates", f"conv{stage + 2}", x)
+                                 name=f"{layer}_{unit + 1}")(x, train and layer not in self.frozen, cameras)
+            self.sow("intermediates", layer, x)
         return x.astype(jnp.float32).mean((1, 2))
 
 
@@ -133,12 +137,23 @@ class JLML(nn.Module):
     cosine_scale: float = 0.0  # 0: linear identity layers; else `CosineClassifier` of that scale
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
+    frozen_through: str = ""  # one of `layers`: it and those before it are not trained
     dtype: jnp.dtype = jnp.float32
     native: bool = True  # see layers.py: False on CPU
     axis_name: str | None = None  # the mesh axis that BN statistics are taken over
 
     def active_branches(self) -> tuple[str, ...]:
         return BRANCHES if self.branches == "both" else (self.branches,)
+
+    def layers(self) -> tuple[str, ...]:
+        """The layers of Table 1 that can be frozen, from the input on; each is that of all branches."""
+        stages = max(len(getattr(self, f"{branch}_widths")) for branch in self.active_branches())
+        return "conv1", *(f"conv{stage + 2}" for stage in range(stages)), "feature"
+
+    def frozen_layers(self) -> tuple[str, ...]:
+        """Those of `layers` that are not trained: their BN is in training what it is at test."""
+        layers = self.layers()
+        return layers[:layers.index(self.frozen_through) + 1] if self.frozen_through else ()
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, cameras: jax.Array | None = None
@@ -147,19 +162,21 @@ class JLML(nn.Module):
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, momentum=self.norm_momentum,
                                  epsilon=self.norm_epsilon, dtype=self.dtype)
         feature_norm = functools.partial(norm, dtype=jnp.float32) if self.feature_norm else None
+        frozen = self.frozen_layers()
 
         stems = {}
         for branch in self.active_branches():
             name = "stem" if self.shared_stem else f"{branch}_stem"
             if name not in stems:
-                stems[name] = Stem(self.stem_features, conv, norm, name=name)(images, train, cameras)
+                stems[name] = Stem(self.stem_features, conv, norm, name=name)(
+                    images, train and "conv1" not in frozen, cameras)
 
         features = {}
         for branch in self.active_branches():
             x = stems["stem" if self.shared_stem else f"{branch}_stem"]
             if branch == "global":
                 x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)), native=self.native)
-                x = Tower(self.global_widths, self.depth, conv, norm, name="global_tower")(x, train, cameras)
+                x = Tower(self.global_widths, self.depth, conv, norm, frozen, name="global_tower")(x, train, cameras)
                 head = Head(self.global_feature_dim, feature_norm, self.feature_relu, name="global_head")
             else:
                 # Towers of identical shape but own weights, each for itself, which XLA runs concurrently: on a CPU a
@@ -168,11 +185,11 @@ class JLML(nn.Module):
                 for j, strip in enumerate(jnp.split(x, self.num_strips, axis=1)):
                     # One row padded below keeps the height: the table's "2x2 MP, S-1" whose output is 28x56.
                     strip = max_pool(strip, (2, 2), (1, 2), ((0, 1), (0, 0)), native=self.native)
-                    pooled.append(Tower(self.local_widths, self.depth, conv, norm,
+                    pooled.append(Tower(self.local_widths, self.depth, conv, norm, frozen,
                                         name=f"local_tower_{j}")(strip, train, cameras))
                 x = jnp.concatenate(pooled, axis=-1)  # strip-major, which the exclusive penalty relies on
                 head = Head(self.local_feature_dim, feature_norm, self.feature_relu, name="local_head")
-            features[branch] = head(x, train, cameras)
+            features[branch] = head(x, train and "feature" not in frozen, cameras)
 
         logits = {}
         if self.num_identities:
@@ -185,7 +202,7 @@ class JLML(nn.Module):
 
 
 def build_model(config: ml_collections.ConfigDict, num_identities: int) -> JLML:
-    """The network of `config.model`, in the form that suits this backend.
+    """The network of `config.model`, in the form that suits this backend, frozen as `config.train` says.
 
     Raises:
         UserError: a field has an unknown value, or the input size does not divide into the strips.
@@ -197,7 +214,12 @@ def build_model(config: ml_collections.ConfigDict, num_identities: int) -> JLML:
         raise UserError("model.loss=uni joins two branches, so it needs model.branches=both")
     check_input_size(config.data.height, config.data.width, config.model.num_strips)
     fields = ml_collections.FrozenConfigDict(config.model)  # a tuple for each list, so that the module is hashable
-    return JLML(num_identities, **fields, native=jax.default_backend() != "cpu", axis_name=BATCH_AXIS)
+    model = JLML(num_identities, **fields, frozen_through=config.train.frozen_through,
+                 native=jax.default_backend() != "cpu", axis_name=BATCH_AXIS)
+    if model.frozen_through not in ("", *model.layers()):
+        raise UserError(f"train.frozen_through={model.frozen_through!r} is unknown; known are "
+                        f"{', '.join(model.layers())}, and the empty text, which freezes nothing")
+    return model
 
 
 def check_input_size(height: int, width: int, num_strips: int) -> None:
@@ -215,6 +237,28 @@ def check_input_size(height: int, width: int, num_strips: int) -> None:
 def is_identity_layer(name: str) -> bool:
     """Whether the part of the network's parameters of that name depends on who is to be told apart."""
     return name.endswith(_IDENTITY)
+
+
+def split_frozen(model: JLML, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`params` in two: of the layers that are trained, and of `model.frozen_layers()`."""
+    trained, frozen, layers = {}, {}, model.frozen_layers()
+    for path, leaf in flatten_dict(params).items():
+        (frozen if _layer_of(path) in layers else trained)[path] = leaf
+    return unflatten_dict(trained), unflatten_dict(frozen)
+
+
+def join_frozen(trained: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+    """The params that `split_frozen` has split."""
+    return unflatten_dict(flatten_dict(trained) | flatten_dict(frozen))
+
+
+def _layer_of(path: Sequence[str]) -> str:
+    """Which of `JLML.layers` the parameter at that path belongs to; an identity layer's name is its own."""
+    if is_identity_layer(path[0]):
+        return path[0]
+    if path[0].endswith("stem"):
+        return "conv1"
+    return "feature" if path[0].endswith("_head") else path[1].partition("_")[0]  # of a tower: conv3_2
 
 
 def init_variables(model: nn.Module, seed: int, height: int, width: int) -> dict[str, Any]:

@@ -30,7 +30,8 @@ Statistics = Callable[[Any, jax.Array], Any]
 
 def make_statistics(model: nn.Module, config: ml_collections.ConfigDict, mesh: Mesh) -> Statistics:
     """Compiled (variables, images uint8 [B, H, W, 3] sharded over the mesh) -> `batch_stats` of these images alone."""
-    model = model.clone(norm_momentum=0.0, axis_name=None)  # the compiler sums over the mesh
+    # The compiler sums over the mesh. Frozen layers are measured, too: what is frozen is so in training alone.
+    model = model.clone(norm_momentum=0.0, axis_name=None, frozen_through="")
 
     def statistics(variables, images):
         return model.apply(variables, augment.normalise(images, config.data), train=True,

@@ -200,6 +200,7 @@ def _check_run(command: Command, given_config: ml_collections.ConfigDict, workdi
         sampling.steps_per_epoch(len(trial.train), config.train.batch_size, groups)  # refuses too large a batch
     refuse_no_test(trial, config)
     model = build_model(config, len(trial.identities()))
+    _refuse_frozen(config.train, config.init_from)
     initial = _load_initial(config.init_from, workdir, trial) if config.init_from and not begun else None
     if initial:
         refuse_other_network(initial, config)
@@ -211,6 +212,17 @@ def _check_run(command: Command, given_config: ml_collections.ConfigDict, workdi
         protocols.refuse_trained_on(test, label_map)
         norm_statistics.refuse_no_images(test, config)
     return Run(command, given_config, config, workdir, trial, model, initial, label_map)
+
+
+def _refuse_frozen(train: ml_collections.ConfigDict, init_from: str) -> None:
+    """Refuses `train.frozen_through` where what it leaves as it is would be of no use."""
+    if train.frozen_through and not init_from:
+        raise UserError(f"train.frozen_through={train.frozen_through} would freeze random weights; give the run whose "
+                        "weights to freeze, --config.init_from, or no train.frozen_through")
+    # At test each camera's statistics would come into frozen layers, too, and no layer was trained for that.
+    if train.frozen_through and train.norm_by_camera:
+        raise UserError(f"train.frozen_through={train.frozen_through} keeps statistics of all cameras together, and "
+                        "train.norm_by_camera=True normalises by each camera's; give one of the two")
 
 
 def _load_initial(init_from: str, workdir: Path, trial: Trial) -> SavedRun:
@@ -264,9 +276,11 @@ def _announce(run: Run) -> None:
     if trial.incomplete:
         print(f"an incomplete or degraded copy of the data: {trial.incomplete}", flush=True)
     if run.initial:
+        frozen = run.model.frozen_layers()
+        told_frozen = f"; frozen: {', '.join(frozen)}" if frozen else ""
         print(f"weights of {run.initial.workdir}, step {run.initial.step}, trained on "
               f"{run.initial.label_map['dataset']}; the identity layers are "
-              f"{'kept' if run.config.keep_identity_layers else 'new'}", flush=True)
+              f"{'kept' if run.config.keep_identity_layers else 'new'}{told_frozen}", flush=True)
     elif trial.query is not None and run.label_map["init_from"] is None and namespace(trial.dataset) in PAPER_DATASETS:
         print("no pre-trained weights were given, so the network starts from random ones (the paper pre-trains): give "
               "a run's folder with --config.init_from, such as that of configs/imagenet.py", flush=True)

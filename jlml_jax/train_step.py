@@ -18,7 +18,7 @@ from jlml_jax import augment, device_data, losses, parallel
 from jlml_jax.checkpoints import SavedRun
 from jlml_jax.device_data import DeviceData
 from jlml_jax.errors import UserError
-from jlml_jax.models import init_variables, is_identity_layer
+from jlml_jax.models import init_variables, is_identity_layer, join_frozen, split_frozen
 from jlml_jax.parallel import BATCH_AXIS
 
 
@@ -41,7 +41,7 @@ def init_state(config: ml_collections.ConfigDict, model: nn.Module, optimizer: o
     """The state before the first step, replicated over the mesh.
 
     Weights are those of `initial` if it is given: all but the identity layers, or with `config.keep_identity_layers`
-    all.
+    all. Frozen layers have no momentum.
     """
     variables = init_variables(model, config.seed, config.data.height, config.data.width)
     if initial:
@@ -50,7 +50,7 @@ def init_state(config: ml_collections.ConfigDict, model: nn.Module, optimizer: o
         variables = {"params": variables["params"] | taken, "batch_stats": initial.variables["batch_stats"]}
     # SGD's momentum starts from zeros, and optax would place them one by one: seconds of every start.
     opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
-                             jax.eval_shape(optimizer.init, variables["params"]))
+                             jax.eval_shape(optimizer.init, split_frozen(model, variables["params"])[0]))
     state = TrainState(np.zeros((), np.int32), variables["params"], variables["batch_stats"], opt_state)
     return parallel.replicate(state, mesh)
 
@@ -64,6 +64,8 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
     gradients and metrics are their means. BN normalises each by its own statistics (over all devices), and updates the
     running ones k times.
 
+    Nothing is differentiated by the parameters of frozen layers, so there is no backward pass through these.
+
     Returns the next state and the step's metrics (scalars), both the same on every device.
     """
     micro_batches = config.train.accumulation_steps
@@ -73,13 +75,15 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
                                                    micro_batches)
     else:
         images, labels, cameras = batch
+    trained, frozen = split_frozen(model, state.params)
     key = augment.step_key(seed, state.step)
     images = augment.augment(key, images, config.augment, config.data, BATCH_AXIS, micro_batches)
 
     def micro_batch_gradients(batch_stats, micro_batch):
         micro_images, micro_labels, micro_cameras = augment.normalise(micro_batch[0], config.data), *micro_batch[1:]
 
-        def loss_of(params):
+        def loss_of(trained):
+            params = join_frozen(trained, frozen)
             outputs, updates = model.apply({"params": params, "batch_stats": batch_stats}, micro_images, train=True,
                                            cameras=micro_cameras, mutable=["batch_stats"])
             loss, terms = losses.jlml_loss(outputs, params, micro_labels, num_strips=config.model.num_strips,
@@ -87,15 +91,15 @@ def train_step(state: TrainState, batch: Batch, seed: jax.Array | int, *, model:
                                            **config.loss)
             return loss, (terms, updates["batch_stats"])
 
-        gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
+        gradients, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(trained)
         return batch_stats, (gradients, metrics)
 
     batch_stats, means = _accumulate(micro_batch_gradients, state.batch_stats, (images, labels, cameras),
                                      micro_batches)
     gradients, metrics = jax.lax.pmean(means, BATCH_AXIS)
     metrics["gradient_norm"] = _norm(gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    params = join_frozen(optax.apply_updates(trained, updates), frozen)
     metrics["parameter_norm"] = _norm((params, batch_stats))  # finite if all that is saved and evaluated is
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
