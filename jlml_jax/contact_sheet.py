@@ -11,6 +11,7 @@ from jlml_jax.files import check_output
 from jlml_jax.user_images import UserImage, load_one
 
 _CROP, _GAP, _CAPTION = (96, 192), 8, 16  # pixels: width and height of a crop, the space around it, its line of text
+_CHARACTER = 6  # pixels of width
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MOST_ROWS = 100  # a JPEG has room for three times as many
 
@@ -40,7 +41,7 @@ def draw(path: Path, rows: Sequence[Sequence[tuple[UserImage, str]]]) -> None:
             except UserError:  # moved or removed since it was embedded
                 pen.rectangle((left, top, left + _CROP[0] - 1, top + _CROP[1] - 1), outline="grey")
                 pen.text((left + _GAP, top + _CROP[1] // 2), "file is gone", fill="grey")
-            pen.text((left, top + _GAP + _CROP[1]), caption, fill="black")
+            pen.text((left, top + _GAP + _CROP[1]), caption[:_CROP[0] // _CHARACTER], fill="black")
     try:
         save_whole(sheet, path)
     except (OSError, ValueError) as error:  # such as a JPEG, which may be 65,500 pixels wide

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,8 @@ def storage_errors_told(folder: Path) -> Iterator[None]:
 
 
 def exit_status(command: Callable[[], None]) -> int:
-    """Runs `command` and returns the process's exit status: 0 done, 2 after a UserError, 130 after Ctrl-C.
+    """Runs `command` and returns the process's exit status: 0 done, 2 after a UserError, 130 after Ctrl-C, 141
+    when nobody reads the output any more, such as `head`.
 
     A UserError is told in one line on stderr; any other exception passes through, because it is a bug. SIGINT and
     SIGTERM end the process with status 130 and 143 by way of an exception, so that what is half done is cleaned up; the
@@ -58,14 +60,27 @@ def exit_status(command: Callable[[], None]) -> int:
             signal.signal(number, _leave)
     try:
         command()
+        sys.stdout.flush()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it on its way out
+        return 128 + signal.SIGPIPE
     finally:
         _end_at_once_from_now_on()  # Python, on its way out, would tell of an exception, and go on
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether the output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # what is wrong with it, and no more
+    return bool(poll.poll(0))
 
 
 def _end_at_once_from_now_on() -> None:

@@ -1,6 +1,7 @@
 """The matching features of a trained run, for images from anywhere."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import sys
@@ -201,6 +202,9 @@ def embed(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool
 
 def embed_all(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool
               ) -> tuple[list[LoadedImage], np.ndarray]:
-    """The images that `embed` has read, and the features of all of them [number read, dim]."""
-    batches = [(read, features) for read, _, features in embed(images, extractor, keep_going=keep_going)]
-    return [loaded for read, _ in batches for loaded in read], np.concatenate([features for _, features in batches])
+    """The images that `embed` has read, without their pixels, and the features of all of them [number read, dim]."""
+    embedded, features = [], []
+    for read, _, rows in embed(images, extractor, keep_going=keep_going):
+        embedded += [dataclasses.replace(loaded, pixels=None) for loaded in read]
+        features.append(rows)
+    return embedded, np.concatenate(features)

@@ -8,7 +8,7 @@ import platform
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -72,6 +72,13 @@ def refuse_replacing(files: Mapping[str, str | None]) -> None:
         if len(named) > 1 and named[-1] in ("--output", "--picture"):
             raise UserError(f"{' and '.join(named)} are one file, {file}, which would be replaced; give {named[-1]} "
                             "another name")
+
+
+def refuse_replacing_images(option: str, path: str, images: Iterable[Path]) -> None:
+    """A UserError if the file that is to be written is one of the images that are read."""
+    written = os.path.realpath(user_path(path))
+    if any(os.path.realpath(image) == written for image in images):
+        raise UserError(f"{option}={path} is one of the images, and would be replaced; give it another name")
 
 
 def write_output(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -> None:

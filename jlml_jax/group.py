@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import hashlib
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -12,11 +14,11 @@ import numpy as np
 
 from jlml_jax import calibration, contact_sheet, features_file, grouping
 from jlml_jax.calibration import format_rate
-from jlml_jax.datasets.folder import BOX_COLUMNS, NOBODY, path_within
+from jlml_jax.datasets.folder import BOX_COLUMNS, NOBODY
 from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.extractor import Extractor, check_fingerprint, embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
-from jlml_jax.files import check_output, refuse_replacing, user_path, write_output
+from jlml_jax.files import check_output, refuse_replacing_images, user_path, write_output
 from jlml_jax.user_images import UserImage, list_images
 
 _SHOWN = 12  # images of a group in the picture
@@ -26,13 +28,13 @@ _DETAILS = """Groups are joined as long as the mean distance between the images 
 most a threshold: that of --false_accept_rate in the run's calibration, or --threshold. A lower one parts persons into
 more groups, a higher one mixes them. Boxes of one frame are taken for different people.
 
-The CSV is what jlml_jax.prepare takes for a data set folder/NAME: image, identity (0001 is the largest group), camera
-where any is known, split, boxes. Within a group the most typical images come first, those to look at last. All images
-are in the split train: a test on these labels would be of the groups, not of people. When you have corrected them,
-remove that column. Identities that the images have already are not used, but if there are any it is told how well the
-groups agree with them.
+The CSV is what jlml_jax.prepare takes for a data set folder/NAME: image, identity, camera where all are known, split,
+boxes. Identities are such as 3fa9-00001, the largest of this grouping. Within a group the most typical images come
+first, those to look at last. All images are in the split train: a test on these labels would be of the groups, not of
+people. When you have corrected them, remove that column. Identities that the images have already are not used, but if
+there are any it is told how well the groups agree with them.
 
---images is as in jlml_jax.extract, or a file that extract has made.
+--images is as in jlml_jax.extract, or a file that extract has made; at most 30,000, for which it takes 8 GB.
 
 examples:
   python -m jlml_jax.group --workdir=runs/pretrained --images=crops --output=crops/people.csv
@@ -48,36 +50,33 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
 
     Raises:
         UserError: the run has no threshold and none is given, images are bad, too many, or out of the reach of a CSV
-            at `output`, or a file cannot be written.
+            at `output`, or a file cannot be written or is there already.
     """
     output = user_path(output)
-    check_output(output)
-    if output.suffix.lower() != ".csv":
-        raise UserError(f"--output={output} must end in .csv, as prepare knows a list of images by that")
-    if picture is not None:
-        contact_sheet.check(user_path(picture))
-    if min_images < 1:
-        raise UserError(f"--min_images={min_images} must be at least 1")
-    if threshold is not None and false_accept_rate is not None:
-        raise UserError("--threshold and --false_accept_rate are two ways to say one thing; give one of them")
-    if threshold is not None and not threshold > 0:  # NaN, too
-        raise UserError(f"--threshold={threshold} must be above 0")
-    refuse_replacing({"--images": images, "--output": output, "--picture": picture})
+    _check_arguments(output, false_accept_rate, threshold, picture)
     listed, table = _listed(images, clip_boxes)
     grouping.check_number(len(listed))
-    _paths_from(output, listed)
+    if not 1 <= min_images <= len(listed):
+        raise UserError(f"--min_images={min_images} must be from 1 to the number of images, {len(listed):,}")
+    if picture is not None:
+        refuse_replacing_images("--picture", picture, [image.path for image in listed])
+    _names_from(output, listed)
     extractor = load_extractor(workdir)
     if threshold is None:
         threshold, told = _calibrated(user_path(workdir), extractor, _USUAL_RATE if false_accept_rate is None else
-                                       false_accept_rate)
+                                      false_accept_rate)
     else:
         told = f"a mean distance of at most {threshold:g}"
     if table is not None:
         check_fingerprint(images, table.fingerprint, extractor)
-        found, features = listed, table.features
+        features = table.features
     else:
         embedded, features = embed_all(listed, extractor, keep_going=keep_going)
-        found = [loaded.image for loaded in embedded]
+        listed = [loaded.image for loaded in embedded]
+    once = _once(listed)
+    found, features = [listed[row] for row in once], features[once]
+    if len(found) < len(listed):
+        print(f"{len(listed) - len(found):,} images are there twice, and are kept once")
     groups = grouping.group(features, threshold, _frames(found))
     sizes = np.bincount(groups)
     print(f"{len(found):,} images in {len(sizes):,} groups, at {told}; {(sizes == 1).sum():,} groups are of one image, "
@@ -91,12 +90,27 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
     kept = order[sizes[groups[order]] >= min_images]
     if not len(kept):
         raise UserError(f"no group has {min_images} images; give a lower --min_images, or a higher threshold")
+    if picture is not None:  # before the labels, so that there are none where it fails
+        _draw(user_path(picture), found, groups, kept)
     _write(output, found, groups, kept)
     print(f"{output}: {len(kept):,} images of {len(np.unique(groups[kept])):,} groups"
           + (f"; {len(found) - len(kept):,} images in groups of fewer than {min_images} are left out"
              if len(kept) < len(found) else ""))
+
+
+def _check_arguments(output: Path, rate: float | None, threshold: float | None, picture: str | None) -> None:
+    check_output(output)
+    if output.suffix.lower() != ".csv":
+        raise UserError(f"--output={output} must end in .csv, as prepare knows a list of images by that")
+    if output.exists():
+        raise UserError(f"--output={output} is there already, and may have been corrected by hand; remove it or give "
+                        "another name")
     if picture is not None:
-        _draw(user_path(picture), found, groups, kept)
+        contact_sheet.check(user_path(picture))
+    if threshold is not None and rate is not None:
+        raise UserError("--threshold and --false_accept_rate are two ways to say one thing; give one of them")
+    if threshold is not None and not 0 < threshold < math.inf:
+        raise UserError(f"--threshold={threshold} must be above 0, and finite")
 
 
 def _listed(source: str, clip_boxes: bool) -> tuple[list[UserImage], FeaturesFile | None]:
@@ -104,6 +118,8 @@ def _listed(source: str, clip_boxes: bool) -> tuple[list[UserImage], FeaturesFil
     path = user_path(source)
     if path.suffix in features_file.SUFFIXES and not path.is_dir():
         table = features_file.read(path)
+        if not len(table):
+            raise UserError(f"{source} has no images; give a file of features that has")
         return [table.image(row) for row in range(len(table))], table
     listing = list_images(source, clip_boxes=clip_boxes)
     for note in listing.notes:
@@ -124,18 +140,28 @@ def _calibrated(workdir: Path, extractor: Extractor, rate: float) -> tuple[float
                             f"{format_rate(rate)}")
 
 
-def _paths_from(output: Path, images: Sequence[UserImage]) -> list[str]:
-    """The paths of the images from the folder of the CSV `output`; a UserError if any is not in it."""
-    folder = output.parent.absolute()
-    names = [os.path.relpath(image.path.absolute(), folder) for image in images]
-    for name, image in zip(names, images, strict=True):
-        try:
-            path_within(os.path.realpath(folder), name)
-        except ValueError:
-            above = os.path.commonpath([image.path.absolute().parent for image in images])
-            raise UserError(f"{image} is not in {folder}, the folder of --output, and a CSV of prepare's names images "
-                            f"in its own folder only; give --output={Path(above, output.name)}") from None
+def _names_from(output: Path, images: Sequence[UserImage]) -> list[str]:
+    """The images' paths from the folder of the CSV `output`; a UserError if prepare would not take them from there."""
+    folder = os.path.realpath(output.parent)
+    real = [os.path.realpath(image.path) for image in images]
+    names = [os.path.relpath(path, folder) for path in real]
+    outside = [str(image) for image, name in zip(images, names, strict=True) if name.split(os.sep)[0] == os.pardir]
+    if outside:
+        above = os.path.commonpath([os.path.dirname(path) for path in real])
+        raise UserError(f"{first_few(outside)} {'is' if len(outside) == 1 else 'are'} not in {folder}, the folder of "
+                        f"--output, and a CSV names images in its own folder only; give "
+                        f"--output={os.path.join(above, output.name)}")
+    spaced = [ascii(name) for name in names if name != name.strip()]
+    if spaced:
+        raise UserError(f"the names of {len(spaced)} images begin or end with a space, which a CSV does not keep: "
+                        f"{first_few(spaced)}; rename them")
     return names
+
+
+def _once(images: Sequence[UserImage]) -> list[int]:
+    """The first row of each image, whatever links lead to it, or of each of its boxes."""
+    return list({(os.path.realpath(image.path), image.box): row for row, image in reversed(list(enumerate(images)))
+                 }.values())[::-1]
 
 
 def _frames(images: Sequence[UserImage]) -> np.ndarray:
@@ -146,15 +172,24 @@ def _frames(images: Sequence[UserImage]) -> np.ndarray:
 
 
 def _write(output: Path, images: Sequence[UserImage], groups: np.ndarray, rows: np.ndarray) -> None:
-    with_camera, with_boxes = any(image.camera for image in images), any(image.box for image in images)
-    text, digits = io.StringIO(), max(4, len(str(groups.max() + 1)))
+    with_boxes, with_camera = any(image.box for image in images), all(images[row].camera for row in rows)
+    if not with_camera and any(images[row].camera for row in rows):
+        print("some images tell no camera, so that the CSV has none: it would need those of all")
+    names = _names_from(output, [images[row] for row in rows])
+    # Another grouping's names are others, so that nobody takes its people for these.
+    these = hashlib.sha256(repr(sorted(zip(names, groups[rows].tolist(), strict=True))).encode()).hexdigest()[:4]
+    text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["image", "identity", *["camera"] * with_camera, "split", *BOX_COLUMNS * with_boxes])
-    for row, name in zip(rows, _paths_from(output, [images[row] for row in rows]), strict=True):
+    for row, name in zip(rows, names, strict=True):
         image = images[row]
-        table.writerow([name, f"{groups[row] + 1:0{digits}}", *[image.camera] * with_camera, "train",
+        table.writerow([name, f"{these}-{_number(groups[row])}", *[image.camera] * with_camera, "train",
                         *(image.box or [""] * 4) * with_boxes])
     write_output(output, text.getvalue())
+
+
+def _number(group: int) -> str:
+    return f"{group + 1:05}"
 
 
 def _draw(path: Path, images: Sequence[UserImage], groups: np.ndarray, rows: np.ndarray) -> None:
@@ -163,7 +198,7 @@ def _draw(path: Path, images: Sequence[UserImage], groups: np.ndarray, rows: np.
     for number in range(min(contact_sheet.MOST_ROWS, groups[rows].max() + 1)):
         of_group = rows[groups[rows] == number]
         shown = of_group[np.unique(np.linspace(0, len(of_group) - 1, _SHOWN).round().astype(int))]
-        lines.append([(images[row], f"{number + 1}: {len(of_group)} images" if row == shown[0] else images[row].camera)
+        lines.append([(images[row], f"{_number(number)}: {len(of_group)}" if row == shown[0] else images[row].camera)
                       for row in shown])
     contact_sheet.draw(path, lines)
 

@@ -8,7 +8,7 @@ from jlml_jax.errors import UserError
 
 MOST_IMAGES = 30_000  # the distances of all pairs are held twice, in float64: 7 GB
 _BLOCK = 1024  # images whose distances to all others are computed at a time
-_NEVER = 1e12  # a distance that no mean with other distances brings below a threshold
+_NEVER = 1e300  # a distance that no mean with others brings below a threshold, of however many
 
 
 def group(features: np.ndarray, threshold: float, frames: np.ndarray | None = None) -> np.ndarray:

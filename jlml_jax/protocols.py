@@ -241,18 +241,6 @@ def _fixed_splits(name: str, data: ml_collections.ConfigDict) -> Protocol:
     return Protocol(1, trial)
 
 
-def _msmt17(name: str, data: ml_collections.ConfigDict) -> Protocol:
-    """As Market-1501's; of the version whose faces are masked, the protocol's name says so."""
-    protocol = _fixed_splits(name, data)
-    if not datasets.metadata(name, data.data_dir)["faces_masked"]:
-        return protocol
-
-    def trial(number: int) -> Trial:
-        published = protocol.trial(number)
-        return dataclasses.replace(published, protocol=f"{published.protocol}, faces masked")
-    return dataclasses.replace(protocol, trial=trial)
-
-
 def _viper(name: str, data: ml_collections.ConfigDict) -> Protocol:
     """10 random halves of the people, the same in every run; cam_a is queried against cam_b (Gray and Tao, 2008)."""
     splits = datasets.load(name, ("cam_a", "cam_b"), data.data_dir)
@@ -373,8 +361,8 @@ def _training_people(name: str, data: ml_collections.ConfigDict) -> Split | None
     return protocol.trial(0).train
 
 
-_PROTOCOLS = {"cuhk03": _cuhk03, "grid": _grid, "imagenet2012": _imagenet, "msmt17": _msmt17,
-              "tiny_imagenet": _imagenet, "viper": _viper}
+_PROTOCOLS = {"cuhk03": _cuhk03, "grid": _grid, "imagenet2012": _imagenet, "tiny_imagenet": _imagenet,
+              "viper": _viper}
 
 # The splits that have all images of a data set's people, where these are not train, query and gallery.
 _PEOPLE_SPLITS = {"cuhk03": ("crops",), "grid": ("probe", "gallery"), "viper": ("cam_a", "cam_b")}
@@ -456,7 +444,9 @@ def _cameras_known(name: str, data: ml_collections.ConfigDict) -> bool:
 
 
 def _incomplete(name: str, data: ml_collections.ConfigDict) -> str:
-    return datasets.metadata(name, data.data_dir).get("incomplete", "")
+    metadata = datasets.metadata(name, data.data_dir)
+    notes = ["MSMT17_V2, whose faces are masked"] if metadata.get("faces_masked") else []
+    return "; ".join([*notes, metadata["incomplete"]] if "incomplete" in metadata else notes)
 
 
 def _of(split: Split, identities: Sequence[int]) -> Split:

@@ -15,7 +15,7 @@ from jlml_jax import calibration, contact_sheet, features_file, search_results
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, embed, embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
-from jlml_jax.files import check_output, refuse_replacing, user_path
+from jlml_jax.files import check_output, refuse_replacing, refuse_replacing_images, user_path
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
 from jlml_jax.reranking import Reranking
 from jlml_jax.search_results import Found, Query
@@ -79,9 +79,9 @@ def _refuse_other_cameras(gallery: Gallery, images: Sequence[LoadedImage]) -> No
                             "gallery anew")
 
 
-def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, keep_going: bool,
+def _open(gallery: str, index: str | None, picture: str | None, workdir: Path, extractor: Extractor, keep_going: bool,
           clip_boxes: bool) -> tuple[Gallery | FeaturesFile, np.ndarray | None]:
-    """What `gallery` names, and the rows of it to search (None: all)."""
+    """What `gallery` names, and the rows of it to search (None: all). `picture` must be none of its images."""
     path = user_path(gallery)
     if index is not None and (is_gallery(path) or path.suffix in features_file.SUFFIXES):
         raise UserError(f"--index keeps images, but {gallery} has features already; leave out --index")
@@ -94,6 +94,8 @@ def _open(gallery: str, index: str | None, workdir: Path, extractor: Extractor, 
         check_fingerprint(f"the gallery {gallery}", opened.fingerprint, extractor)
     else:
         listing = list_images(gallery, clip_boxes=clip_boxes)
+        if picture is not None:
+            refuse_replacing_images("--picture", picture, [image.path for image in listing.images])
         for note in listing.notes:
             print(note)
         name = f"{path.stem[:40]}-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
@@ -160,8 +162,10 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
         if picture is not None and len(images) > contact_sheet.MOST_ROWS and not same_person:
             raise UserError(f"--picture shows {contact_sheet.MOST_ROWS} queries at most, not {len(images):,}; give "
                             "--output=FILE.csv, or fewer")
+        if picture is not None:
+            refuse_replacing_images("--picture", picture, [image.path for image in images])
         queries = _embed_queries(images, extractor, same_person, keep_going)
-    opened, rows = _open(gallery, index, folder, extractor, keep_going, clip_boxes)
+    opened, rows = _open(gallery, index, picture, folder, extractor, keep_going, clip_boxes)
     if not queries:
         return
     eligible = _eligible_rows(opened, rows, camera, exclude_camera)

@@ -276,14 +276,14 @@ def _announce(run: Run) -> None:
     if trial.incomplete:
         print(f"an incomplete or degraded copy of the data: {trial.incomplete}", flush=True)
     if run.initial:
-        frozen = run.model.frozen_layers()
-        told_frozen = f"; frozen: {', '.join(frozen)}" if frozen else ""
         print(f"weights of {run.initial.workdir}, step {run.initial.step}, trained on "
               f"{run.initial.label_map['dataset']}; the identity layers are "
-              f"{'kept' if run.config.keep_identity_layers else 'new'}{told_frozen}", flush=True)
+              f"{'kept' if run.config.keep_identity_layers else 'new'}", flush=True)
     elif trial.query is not None and run.label_map["init_from"] is None and namespace(trial.dataset) in PAPER_DATASETS:
         print("no pre-trained weights were given, so the network starts from random ones (the paper pre-trains): give "
               "a run's folder with --config.init_from, such as that of configs/imagenet.py", flush=True)
+    if frozen := run.model.frozen_layers():
+        print(f"frozen: {', '.join(frozen)}", flush=True)
 
 
 def _train(run: Run, checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]) -> TrainState:

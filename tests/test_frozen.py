@@ -149,7 +149,7 @@ def further(tiny_run):
 def test_a_run_keeps_the_layers_that_it_starts_from(further, tiny_run, tmp_path, capsys):
     further.data.loader, further.train.steps = "tf_data", 2
     train_and_evaluate(further, tmp_path / "run", "train")
-    assert "the identity layers are new; frozen: conv1, conv2\n" in capsys.readouterr().out
+    assert "the identity layers are new\nfrozen: conv1, conv2\n" in capsys.readouterr().out
     assert_frozen_alone_stay(load_run(tiny_run).variables, load_run(tmp_path / "run").variables, "conv2")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jlml_jax import calibrate, extract, group, grouping, prepare, protocols
+from jlml_jax import calibrate, contact_sheet, extract, features_file, group, grouping, prepare, protocols
 from jlml_jax.user_images import list_images
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 220)]  # of persons
@@ -59,6 +59,11 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+def number_of(row):
+    """Of the group: identities are such as 3fa9-00001."""
+    return int(row["identity"].partition("-")[2])
+
+
 def test_a_folder_becomes_labels_that_prepare_takes(run, crops, threshold, tmp_path, run_command, tiny_config):
     output = tmp_path / "people.csv"
     lines = run(f"--images={crops}", f"--output={output}", f"--threshold={threshold}", "--min_images=3")
@@ -66,9 +71,9 @@ def test_a_folder_becomes_labels_that_prepare_takes(run, crops, threshold, tmp_p
     assert lines[1] == f"{output}: 12 images of 3 groups; 2 images in groups of fewer than 3 are left out"
     labels = rows(output)
     assert set(labels[0]) == {"image", "identity", "split"}  # no camera is known
-    assert [row["identity"] for row in labels] == ["0001"] * 5 + ["0002"] * 4 + ["0003"] * 3
+    assert [number_of(row) for row in labels] == [1] * 5 + [2] * 4 + [3] * 3
     for row in labels:
-        assert PERSONS[int(row["image"].removeprefix("crops/")[:2])] == int(row["identity"]) - 1
+        assert PERSONS[int(row["image"].removeprefix("crops/")[:2])] == number_of(row) - 1
 
     status, _, error = run_command(prepare, "folder/grouped", f"--source={output}", f"--data_dir={tmp_path / 'data'}")
     assert status == 0, error
@@ -91,7 +96,7 @@ def test_known_identities_are_only_compared_with(run, crops, threshold, tmp_path
     assert told[1].startswith("11 images have an identity")
     assert f"a precision of {precision:.1%} and a recall of {recall:.1%}" in told[1]
     labels = rows(tmp_path / "people.csv")
-    assert {row["identity"] for row in labels} == {"0001", "0002", "0003", "0004"}
+    assert {number_of(row) for row in labels} == {1, 2, 3, 4}
     assert all(row["camera"] == f"door {int(row['image'][6:8]) % 2}" for row in labels)
 
 
@@ -107,8 +112,8 @@ def test_boxes_of_a_frame_are_different_people(run, tmp_path):
     lines = run(f"--images={tmp_path / 'boxes.csv'}", f"--output={tmp_path / 'people.csv'}", "--threshold=1")
     assert "4 images in 2 groups" in lines[0]
     labels = rows(tmp_path / "people.csv")
-    for identity in ("0001", "0002"):
-        assert {row["image"] for row in labels if row["identity"] == identity} == {"frame0.png", "frame1.png"}
+    for number in (1, 2):
+        assert {row["image"] for row in labels if number_of(row) == number} == {"frame0.png", "frame1.png"}
     assert {(row["x"], row["y"], row["width"], row["height"]) for row in labels} == {
         ("0", "0", "20", "40"), ("30", "0", "20", "40")}
 
@@ -129,39 +134,95 @@ def test_the_threshold_is_that_of_the_calibration(run, run_command, refusal, tin
     assert run_command(calibrate, f"--workdir={workdir}")[0] == 0
     told = run(f"--images={crops}", output, "--false_accept_rate=0.01", workdir=workdir)[0]
     assert "a false accept rate of 1e-2" in told
+    (tmp_path / "people.csv").unlink()
     _, _, error = run_command(group, f"--workdir={workdir}", f"--images={crops}", output, "--false_accept_rate=0.5")
     assert "no threshold is known for a false accept rate of 5e-1: the run's calibration has 1e-2" in error
 
 
-def test_the_picture_shows_the_groups_from_the_most_typical_image_on(run, crops, threshold, tmp_path):
+def test_the_picture_shows_the_groups_from_the_most_typical_image_on(run, crops, threshold, tmp_path, monkeypatch):
+    """The first person's image 8 is unlike the others, and comes last; of five images three are shown."""
+    monkeypatch.setattr(group, "_SHOWN", 3)
+    odd = np.asarray(person(COLORS[0], 8)).copy()
+    odd[30:] = 90
+    Image.fromarray(odd).save(crops / "08.png")
     picture = tmp_path / "people.png"
     run(f"--images={crops}", f"--output={tmp_path / 'people.csv'}", f"--threshold={threshold}", f"--picture={picture}")
+    labels = rows(tmp_path / "people.csv")
+    assert labels[4]["image"] == "crops/08.png" and number_of(labels[4]) == 1
     with Image.open(picture) as sheet:
         pixels = np.asarray(sheet.convert("RGB")).astype(int)
-    assert pixels.shape[0] == 4 * (192 + 2 * 8 + 16)
+    assert pixels.shape == (4 * (192 + 2 * 8 + 16), 8 + 3 * 104 + 16, 3)
     for row in range(4):
-        center = pixels[row * 224 + 8 + 96, 8 + 48]
-        assert np.abs(center - COLORS[row]).max() < 12
-    last = pixels[8 + 96, 8 + 16 + 4 * 104 + 48]  # the fifth of the largest group
-    assert np.abs(last - COLORS[0]).max() < 12
+        assert np.abs(pixels[row * 224 + 8 + 96, 8 + 48] - COLORS[row]).max() < 12
+    legs = [pixels[8 + 180, 8 + column * 104 + (16 if column else 0) + 48] for column in range(3)]
+    assert [bool(np.abs(leg - 90).max() < 20) for leg in legs] == [False, False, True]
 
 
 def test_images_out_of_the_reach_of_the_csv(refusal, crops, tmp_path):
     (tmp_path / "labels").mkdir()
     error = refusal(f"--images={crops}", f"--output={tmp_path / 'labels' / 'people.csv'}", "--threshold=1")
-    assert f"00.png is not in {tmp_path / 'labels'}" in error and f"give --output={crops / 'people.csv'}" in error
+    assert f"00.png, 01.png, 02.png, ... are not in {tmp_path / 'labels'}" in error
+    assert f"give --output={crops / 'people.csv'}" in error
+    # prepare follows no link out of the folder; the advice is where the images really are.
     (tmp_path / "labels" / "crops").symlink_to(crops)
     error = refusal(f"--images={tmp_path / 'labels' / 'crops'}", f"--output={tmp_path / 'labels' / 'people.csv'}",
                     "--threshold=1")
-    assert "is not in" in error  # prepare follows no link out of the folder
+    assert f"give --output={crops / 'people.csv'}" in error
     assert not list(tmp_path.glob("labels/*.csv"))
+
+
+def test_a_folder_goes_by_any_of_its_names(run, crops, threshold, tmp_path):
+    (tmp_path / "link").symlink_to(crops)
+    run(f"--images={crops}", f"--output={tmp_path / 'link' / 'people.csv'}", f"--threshold={threshold}")
+    first = (crops / "people.csv").read_text()
+    (crops / "people.csv").unlink()
+    run(f"--images={tmp_path / 'link'}", f"--output={crops / 'people.csv'}", f"--threshold={threshold}")
+    assert (crops / "people.csv").read_text() == first
+
+
+def test_what_is_listed_twice_is_kept_once(run, crops, threshold, tmp_path, run_command):
+    """A repeated line, a link to a file, and boxes that are one when they are cut to their frame."""
+    (crops / "again.png").symlink_to(crops / "00.png")
+    lines = ["image,x,y,width,height", "00.png,0,0,20,40", "00.png,0,0,20,40", "again.png,0,0,20,40",
+             "01.png,0,0,20,40", "01.png,-2,0,22,40", *(f"{i:02d}.png,0,0,20,40" for i in range(2, 14))]
+    (crops / "boxes.csv").write_text("\n".join(lines))
+    told = run(f"--images={crops / 'boxes.csv'}", f"--output={crops / 'people.csv'}", f"--threshold={threshold}",
+               "--clip_boxes")
+    assert "3 images are there twice, and are kept once" in told
+    labels = rows(crops / "people.csv")
+    assert sorted(row["image"] for row in labels) == [f"{i:02d}.png" for i in range(14)]
+    status, _, error = run_command(prepare, "folder/once", f"--source={crops / 'people.csv'}",
+                                   f"--data_dir={tmp_path / 'data'}")
+    assert status == 0, error
+
+
+def test_cameras_of_some_images_are_those_of_none(run, crops, threshold, tmp_path):
+    lines = ["image,camera", "00.png,door", *(f"{i:02d}.png," for i in range(1, 14))]
+    (crops / "listed.csv").write_text("\n".join(lines))
+    told = run(f"--images={crops / 'listed.csv'}", f"--output={crops / 'people.csv'}", f"--threshold={threshold}")
+    assert "some images tell no camera, so that the CSV has none: it would need those of all" in told
+    assert "camera" not in rows(crops / "people.csv")[0]
+
+
+def test_each_grouping_has_names_of_its_own(run, crops, threshold, tmp_path):
+    """So that people of one are not taken for those of another, where their numbers are the same."""
+    first, again, other = (crops / name for name in ("a.csv", "b.csv", "c.csv"))
+    for output in (first, again):
+        run(f"--images={crops / '*.png'}", f"--output={output}", f"--threshold={threshold}")
+    (crops / "13.png").unlink()
+    run(f"--images={crops / '*.png'}", f"--output={other}", f"--threshold={threshold}")
+    assert first.read_text() == again.read_text()
+    identities = [{row["identity"] for row in rows(path)} for path in (first, other)]
+    assert len(identities[0]) == len(identities[1]) == 4 and not identities[0] & identities[1]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--threshold=1", "--false_accept_rate=1e-3"], "two ways to say one thing"),
     (["--threshold=0"], "must be above 0"),
     (["--threshold=nan"], "must be above 0"),
-    (["--threshold=1", "--min_images=0"], "must be at least 1"),
+    (["--threshold=inf"], "must be above 0, and finite"),
+    (["--threshold=1", "--min_images=0"], "--min_images=0 must be from 1 to the number of images, 14"),
+    (["--threshold=1", "--min_images=15"], "--min_images=15 must be from 1 to"),
     (["--threshold=1e-6", "--min_images=2"], "no group has 2 images; give a lower --min_images, or a higher threshold"),
     (["--threshold=1", "--picture=people.none"], "no suffix of a format of pictures"),
 ])
@@ -170,13 +231,41 @@ def test_arguments_that_are_refused(refusal, crops, tmp_path, arguments, message
     assert not (tmp_path / "people.csv").exists()
 
 
-def test_what_would_be_replaced_and_too_many_images(refusal, crops, tmp_path, monkeypatch):
-    (tmp_path / "list.csv").write_text("image\ncrops/00.png\ncrops/01.png\n")
-    error = refusal(f"--images={tmp_path / 'list.csv'}", f"--output={tmp_path / 'list.csv'}", "--threshold=1")
-    assert "--images and --output are one file" in error
+def test_nothing_is_replaced(refusal, crops, tmp_path):
+    output = tmp_path / "people.csv"
+    output.write_text("corrected by hand")
+    error = refusal(f"--images={crops}", f"--output={output}", "--threshold=1")
+    assert "is there already, and may have been corrected by hand; remove it or give another name" in error
+    assert output.read_text() == "corrected by hand"
+    output.unlink()
+    (tmp_path / "link.png").symlink_to(crops / "03.png")
+    before = (crops / "03.png").read_bytes()
+    for picture in (crops / "03.png", tmp_path / "link.png"):
+        error = refusal(f"--images={crops}", f"--output={output}", "--threshold=1", f"--picture={picture}")
+        assert "is one of the images, and would be replaced" in error
+    assert (crops / "03.png").read_bytes() == before and not output.exists()
+
+
+def test_a_picture_that_fails_leaves_no_labels(refusal, crops, tmp_path, monkeypatch):
+    monkeypatch.setattr(contact_sheet, "_CROP", (30_000, 192))
+    error = refusal(f"--images={crops}", f"--output={tmp_path / 'people.csv'}", "--threshold=1",
+                    f"--picture={tmp_path / 'people.jpg'}")
+    assert "cannot write --picture" in error and not (tmp_path / "people.csv").exists()
+
+
+def test_what_cannot_be_grouped_is_told_before_it_is_embedded(refusal, crops, tmp_path, monkeypatch, tiny_extractor):
+    monkeypatch.setattr(group, "load_extractor", lambda _: pytest.fail("has been embedded"))
     monkeypatch.setattr(grouping, "MOST_IMAGES", 13)
-    monkeypatch.setattr(group, "load_extractor", lambda _: pytest.fail("embeds what cannot be grouped"))
-    assert "14 images are more than can" in refusal(f"--images={crops}", f"--output={tmp_path / 'people.csv'}")
+    output = f"--output={tmp_path / 'people.csv'}"
+    assert "14 images are more than can be grouped at once, 13" in refusal(f"--images={crops}", output)
+    (crops / "13.png").rename(crops / " 13.png")
+    monkeypatch.undo()
+    assert "begin or end with a space, which a CSV does not keep: ' 13.png'" in refusal(
+        f"--images={crops}", f"--output={crops / 'people.csv'}")
+    none = features_file.FeaturesFile(np.empty((0, 32), np.float32), *[np.array([], str)] * 3, None, str(crops),
+                                      tiny_extractor.fingerprint)
+    features_file.write(tmp_path / "none.npz", none)
+    assert "none.npz has no images" in refusal(f"--images={tmp_path / 'none.npz'}", output)
 
 
 def test_the_output_must_be_a_csv(refusal, crops, tmp_path):
@@ -186,4 +275,4 @@ def test_the_output_must_be_a_csv(refusal, crops, tmp_path):
 def test_the_labels_list_images_as_all_commands_do(run, crops, threshold, tmp_path):
     run(f"--images={crops}", f"--output={crops / 'people.csv'}", f"--threshold={threshold}")
     listed = list_images(str(crops / "people.csv")).images
-    assert len(listed) == 14 and {image.identity for image in listed} == {"0001", "0002", "0003", "0004"}
+    assert len(listed) == 14 and len({image.identity for image in listed}) == 4

@@ -79,7 +79,8 @@ def test_masked_faces_have_other_folders(capsys, tmp_path, data_dir, monkeypatch
 
 
 def test_one_version_is_prepared_not_both(refused, original, arguments):
-    (original / "mask_test_v2").mkdir()
+    for folder in ("mask_train_v2", "mask_test_v2"):
+        (original / folder).mkdir()
     assert f"{original} has both MSMT17_V1 and MSMT17_V2, whose images differ; give the folder of one" in refused(
         *arguments)
     (original / "mask_test_v2").rmdir()

@@ -202,9 +202,17 @@ def test_msmt17_with_masked_faces_says_so(config, tmp_path):
     config.data.data_dir = str(tmp_path / "data")
     prepare.prepare("msmt17", tmp_path / "source", config.data.data_dir, incomplete="a miniature")
     trial, = trials_of("msmt17", config)
-    assert trial.protocol == "single-query, faces masked"
-    assert {row["protocol"] for row in evaluate.evaluate_trials([trial], features_of, config.evaluate)} == {
-        "single-query, faces masked"}
+    told = "MSMT17_V2, whose faces are masked; a miniature"
+    assert trial.incomplete.startswith(told)
+    assert all(row["incomplete"].startswith(told)
+               for row in evaluate.evaluate_trials([trial], features_of, config.evaluate))
+    write_viper(tmp_path / "viper")
+    prepare.prepare("viper", tmp_path / "viper", config.data.data_dir, incomplete="a miniature")
+    joined, = trials_of("msmt17+viper", config)
+    assert joined.incomplete.startswith(f"msmt17: {told}")
+    config.data.held_out_identities = 2
+    held_out, = trials_of("msmt17", config)
+    assert held_out.incomplete.startswith(told)
 
 
 def test_viper(config):

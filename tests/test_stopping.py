@@ -143,3 +143,26 @@ def test_importing_the_package_leaves_signals_alone():
 def test_commands_that_are_disturbed_end_as_if_nobody_had(number):
     subprocess.run([sys.executable, "-m", "experiments.faults.kill", "--count=6", f"--signal={number}"], check=True,
                    env=child_environment(), timeout=1800)
+
+
+@pytest.mark.parametrize(("what", "status", "told"), [("print('found')", 141, ""),
+                                                      ("os.write(broken, b'x')", 1, "BrokenPipeError")])
+def test_a_command_ends_quietly_when_nobody_reads_its_output(what, status, told):
+    """As `| head` does; another broken pipe is a bug, and is told."""
+    program = f"""
+import os, sys
+from jlml_jax.errors import exit_status
+reading, broken = os.pipe()
+os.close(reading)
+sys.stdin.readline()
+sys.exit(exit_status(lambda: {what}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=child_environment(PYTHONPATH=str(ROOT)))
+    if not told:
+        process.stdout.close()
+    process.stdin.write("go\n")
+    process.stdin.close()
+    error = process.stderr.read()
+    assert process.wait(60) == status
+    assert told in error if told else not error

@@ -87,11 +87,12 @@ class Msmt17(BenchmarkBuilder):
 
 def _find_version(source: Path) -> str:
     """The one of VERSIONS that is in `source`, or that `source` is."""
-    found = [version for version, folders in VERSIONS.items()
-             if any((source / folder).is_dir() for folder in (version, *folders))]
-    if len(found) > 1:
-        raise UserError(f"{source} has both {' and '.join(found)}, whose images differ; give the folder of one of them")
-    return (*found, "MSMT17_V1")[0]
+    there = {version: [(source / version).is_dir(), *((source / folder).is_dir() for folder in folders)]
+             for version, folders in VERSIONS.items()}
+    whole = [version for version, (above, *parts) in there.items() if above or all(parts)]
+    if len(whole) > 1:
+        raise UserError(f"{source} has both {' and '.join(whole)}, whose images differ; give the folder of one of them")
+    return (*whole, *(version for version in there if any(there[version])), "MSMT17_V1")[0]
 
 
 def _read_list(root: Path, name: str, folder: str, identities: Sequence[int]) -> list[Crop]:
