@@ -308,6 +308,8 @@ def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path, mo
     (["--gallery=CROPS", "--picture=found.png", "--output=found.csv"], "--output, --picture without --query: give it"),
     (["--gallery=CROPS", "--query=QUERY", "--output=CROPS"], "is a folder; give a file"),
     (["--gallery=CROPS", "--query=QUERY", "--output=QUERY"], "--query and --output are one file"),
+    (["--gallery=CROPS", "--query=QUERY", "--picture=CROPS/0007_c2s1_000007_00.png"], "is one of the images"),
+    (["--gallery=nowhere", "--query=CROPS", "--picture=CROPS/0007_c2s1_000007_00.png"], "is one of the images"),
     (["--gallery=CROPS", "--query=QUERY", "--output=f.png", "--picture=./f.png"], "--output and --picture are"),
     (["--gallery=CROPS", "--query=QUERY", "--picture=found.xbm"], "has no suffix of a format"),
     (["--gallery=CROPS", "--query=QUERY", "--top_k=0"], "--top_k=0 must be at least 1"),
