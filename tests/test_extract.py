@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from jlml_jax import extract, features_file
+from jlml_jax.extractor import embed_all
+from jlml_jax.user_images import list_images
 
 
 @pytest.fixture
@@ -20,6 +22,13 @@ def crops(tmp_path):
         pixels = rng.integers(0, 256, (40 + i, 20, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i % 2:04d}_c{1 + i // 10}s1_{i:06d}_00.png")
     return folder
+
+
+def test_embedded_images_are_kept_without_their_pixels(tiny_extractor, crops):
+    """Those of a hundred thousand images would fill the memory."""
+    embedded, features = embed_all(list_images(str(crops)).images, tiny_extractor, keep_going=False)
+    assert len(embedded) == len(features) == 20 > tiny_extractor.batch_size
+    assert all(loaded.pixels is None and len(loaded.digest) == 32 for loaded in embedded)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
