@@ -16,7 +16,7 @@ from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.files import user_path
 from jlml_jax.models import build_model
 from jlml_jax.new_run import new_folder, write_checkpoint
-from jlml_jax.user_images import NothingRead, UserImage, list_images, read_batches, tell_clipped
+from jlml_jax.user_images import NothingRead, UserImage, add_image_options, list_images, read_batches, tell_clipped
 
 FEWEST_IMAGES = 16  # statistics of less would be those of single pictures
 
@@ -127,10 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="a folder (searched to the bottom), a CSV, or a glob in quotes")
     parser.add_argument("--output", metavar="RUN", required=True, help="the folder to make")
     parser.add_argument("--by_camera", action="store_true", help="each camera's images by that camera's own statistics")
-    parser.add_argument("--keep_going", action="store_true",
-                        help="list bad images at the end and leave them out, instead of stopping")
-    parser.add_argument("--clip_boxes", action="store_true",
-                        help="cut boxes that cross the edge of their frame to it, instead of refusing them")
+    add_image_options(parser)
     options = parser.parse_args(arguments)
     return exit_status(lambda: adapt(
         options.workdir, options.images, options.output, by_camera=options.by_camera, keep_going=options.keep_going,

@@ -11,7 +11,7 @@ from jlml_jax.errors import exit_status
 from jlml_jax.extractor import embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
 from jlml_jax.files import user_path
-from jlml_jax.user_images import list_images
+from jlml_jax.user_images import add_image_options, list_images
 
 _DETAILS = """A CSV has the columns image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder
 and cannot leave it; a box (pixels of the upright frame) is cropped first, and must lie within the frame, or be cut
@@ -60,10 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="a folder (searched to the bottom), a CSV, a glob in quotes, or one image")
     parser.add_argument("--output", metavar="FILE", required=True,
                         help="features.npz or features.parquet; replaced, when all is done, if it is there")
-    parser.add_argument("--keep_going", action="store_true",
-                        help="list bad images at the end and leave them out, instead of stopping")
-    parser.add_argument("--clip_boxes", action="store_true",
-                        help="cut boxes that cross the edge of their frame to it, instead of refusing them")
+    add_image_options(parser)
     options = parser.parse_args(arguments)
     return exit_status(lambda: extract(options.workdir, options.images, options.output,
                                        keep_going=options.keep_going, clip_boxes=options.clip_boxes))

@@ -63,6 +63,11 @@ class FeaturesFile:
         return UserImage(Path(self.root, file), file, str(self.identities[row]), str(self.cameras[row]), box)
 
 
+def is_features_file(path: Path) -> bool:
+    """Whether `path` is, by its name, such a file and not images."""
+    return path.suffix in SUFFIXES and not path.is_dir()
+
+
 def check_output(path: Path) -> None:
     """A UserError if features cannot be written to `path`: told before they are computed, not after."""
     if path.suffix not in SUFFIXES:

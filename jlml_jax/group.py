@@ -19,7 +19,7 @@ from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.extractor import Extractor, check_fingerprint, embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
 from jlml_jax.files import check_output, refuse_replacing_images, user_path, write_output
-from jlml_jax.user_images import UserImage, list_images
+from jlml_jax.user_images import UserImage, add_image_options, list_images
 
 _SHOWN = 12  # images of a group in the picture
 _USUAL_RATE = 1e-3
@@ -34,7 +34,7 @@ first, those to look at last. All images are in the split train: a test on these
 people. When you have corrected them, remove that column. Identities that the images have already are not used, but if
 there are any it is told how well the groups agree with them.
 
---images is as in jlml_jax.extract, or a file that extract has made; at most 30,000, for which it takes 8 GB.
+--images is as in jlml_jax.extract, or a file that extract has made; at most 30,000, for which it takes some 8 GB.
 
 examples:
   python -m jlml_jax.group --workdir=runs/pretrained --images=crops --output=crops/people.csv
@@ -116,7 +116,7 @@ def _check_arguments(output: Path, rate: float | None, threshold: float | None, 
 def _listed(source: str, clip_boxes: bool) -> tuple[list[UserImage], FeaturesFile | None]:
     """The images that `source` names, and their features, if it is a file of these."""
     path = user_path(source)
-    if path.suffix in features_file.SUFFIXES and not path.is_dir():
+    if features_file.is_features_file(path):
         table = features_file.read(path)
         if not len(table):
             raise UserError(f"{source} has no images; give a file of features that has")
@@ -220,10 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", metavar="FILE",
                         help=f"draws up to {_SHOWN} images of each of the {contact_sheet.MOST_ROWS} largest groups; "
                              "the suffix names the format")
-    parser.add_argument("--keep_going", action="store_true",
-                        help="list bad images at the end and leave them out, instead of stopping")
-    parser.add_argument("--clip_boxes", action="store_true",
-                        help="cut boxes that cross the edge of their frame to it, instead of refusing them")
+    add_image_options(parser)
     options = vars(parser.parse_args(arguments))
     return exit_status(lambda: group(**options))
 

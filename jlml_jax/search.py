@@ -19,7 +19,7 @@ from jlml_jax.files import check_output, refuse_replacing, refuse_replacing_imag
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
 from jlml_jax.reranking import Reranking
 from jlml_jax.search_results import Found, Query
-from jlml_jax.user_images import LoadedImage, UserImage, list_images
+from jlml_jax.user_images import LoadedImage, UserImage, add_image_options, list_images
 
 _DETAILS = """--gallery is a folder, CSV or glob of images as extract takes them; or a file that extract has made; or a
 gallery folder. Images are kept in a gallery folder (--index, or one of their own in RUN/galleries), so that the
@@ -85,7 +85,7 @@ def _open(gallery: str, index: str | None, picture: str | None, workdir: Path, e
     path = user_path(gallery)
     if index is not None and (is_gallery(path) or path.suffix in features_file.SUFFIXES):
         raise UserError(f"--index keeps images, but {gallery} has features already; leave out --index")
-    if path.suffix in features_file.SUFFIXES and not path.is_dir():
+    if features_file.is_features_file(path):
         table = features_file.read(path)
         check_fingerprint(gallery, table.fingerprint, extractor)
         return table, None
@@ -268,9 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="leave out the query's own image, where the gallery has it, too")
     parser.add_argument("--picture", metavar="FILE", help="draw the query and what was found, such as found.png")
     parser.add_argument("--index", metavar="DIR", help="the gallery folder to keep the images in (default: one in RUN)")
-    parser.add_argument("--keep_going", action="store_true", help="list bad images and leave them out")
-    parser.add_argument("--clip_boxes", action="store_true",
-                        help="cut boxes that cross the edge of their frame to it, instead of refusing them")
+    add_image_options(parser)
     options = parser.parse_args(arguments)
     return exit_status(lambda: search(**vars(options)))
 

@@ -1,5 +1,6 @@
 """A user's own images: listed from a folder, a CSV or a glob, then read, cropped, resized and hashed in threads."""
 
+import argparse
 import collections
 import contextlib
 import dataclasses
@@ -76,6 +77,14 @@ class LoadedImage:
     pixels: np.ndarray | None = None
     error: str | None = None
     clipped: bool = False
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """The options of all commands that list and read images."""
+    parser.add_argument("--keep_going", action="store_true",
+                        help="list bad images at the end and leave them out, instead of stopping")
+    parser.add_argument("--clip_boxes", action="store_true",
+                        help="cut boxes that cross the edge of their frame to it, instead of refusing them")
 
 
 def list_images(source: str, *, clip_boxes: bool = False) -> Listing:
