@@ -18,11 +18,13 @@ from jlml_jax.errors import UserError, exit_status, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, load_extractor, tell_unknown_cameras
 from jlml_jax.files import user_path
 from jlml_jax.protocols import Trial
+from jlml_jax.user_images import track_numbers
 
 _DETAILS = """All pairs of the images count: the same person from different cameras, and different persons. In a file of
 features, the identity distractor is somebody else, who is not told apart from other distractors; junk does not
-count, and nor does an image without an identity. Where no camera is known, all pairs of a person's images count. The
-thresholds go to RUN/calibration.json, where search and compare find them.
+count, and nor does an image without an identity. Where no camera is known, all pairs of a person's images count. Where
+images are of tracks, all pairs of tracks count, and the thresholds are for tracks alone. They go to
+RUN/calibration.json, where search, compare and group find them.
 
 examples:
   python -m jlml_jax.calibrate --workdir=runs/market1501
@@ -71,20 +73,26 @@ def _labelled_test(workdir: Path, dataset: str | None, extractor: Extractor) -> 
     return (np.concatenate(features), *labels), trial
 
 
-def _labelled_features(path: Path, extractor: Extractor) -> tuple[_Labelled, bool]:
-    """A file that extract has made, and whether any camera is known: if not, each image counts as one of its own.
+def _labelled_features(path: Path, extractor: Extractor) -> tuple[_Labelled, bool, bool]:
+    """A file that extract has made, by tracks, where its images are of such; whether any camera is known, if not, each
+    image counts as one of its own; and whether there are tracks.
 
     Its identities and cameras are text, and become numbers here.
     """
     table = features_file.read(path)
     check_fingerprint(str(path), table.fingerprint, extractor)
-    _, identities = np.unique(table.identities, return_inverse=True)
+    features, names, of_cameras = table.features, table.identities, table.cameras
+    if table.tracks is not None:
+        of = track_numbers([table.image(row) for row in range(len(table))])
+        features, first = extractor.mean_features(features, of), np.unique(of, return_index=True)[1]
+        names, of_cameras = names[first], of_cameras[first]
+    _, identities = np.unique(names, return_inverse=True)
     identities += 1
     for word, number in {**NOBODY, "": JUNK}.items():
-        identities[table.identities == word] = number
-    known = bool((table.cameras != "").any())
-    cameras = np.unique(table.cameras, return_inverse=True)[1] if known else np.arange(len(table))
-    return (table.features, identities, cameras), known
+        identities[names == word] = number
+    known = bool((of_cameras != "").any())
+    cameras = np.unique(of_cameras, return_inverse=True)[1] if known else np.arange(len(features))
+    return (features, identities, cameras), known, table.tracks is not None
 
 
 def calibrate(workdir: str | Path, *, dataset: str | None = None, features: str | None = None) -> None:
@@ -97,20 +105,22 @@ def calibrate(workdir: str | Path, *, dataset: str | None = None, features: str 
     """
     workdir = user_path(workdir)
     extractor = load_extractor(workdir)
+    what = "images"
     if features is not None:
-        labelled, cameras_known = _labelled_features(user_path(features), extractor)
+        labelled, cameras_known, of_tracks = _labelled_features(user_path(features), extractor)
         source = {"features": Path(features).name}
+        what = "tracks" if of_tracks else what
     else:
         labelled, trial = _labelled_test(workdir, dataset, extractor)
         cameras_known, source = trial.cameras_known, {"dataset": trial.dataset}
     if not cameras_known:
         print("where cameras are not known, all pairs of a person's images count, also those by one camera, which are "
               "nearer")
-    source |= {"images": len(labelled[0]), "identities": len(np.unique(labelled[1][labelled[1] > DISTRACTOR]))}
+    source |= {what: len(labelled[0]), "identities": len(np.unique(labelled[1][labelled[1] > DISTRACTOR]))}
     result = calibration.calibrate(calibration.count_pairs(*labelled))
     path = calibration.save(workdir, result, extractor, source)
     pairs, same = result["pairs"], "the same person" + " from different cameras" * cameras_known
-    print(f"{source['images']:,} images of {source['identities']:,} people: {pairs['same']:,} pairs of {same}, "
+    print(f"{source[what]:,} {what} of {source['identities']:,} people: {pairs['same']:,} pairs of {same}, "
           f"{pairs['different']:,} of different people")
     print(f"{'false accept rate':<20}{'threshold':>12}{'pairs behind it':>18}{'true accept rate':>19}")
     for entry in result["thresholds"]:

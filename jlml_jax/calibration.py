@@ -136,9 +136,18 @@ class Verdicts:
 
     thresholds: Sequence[tuple[float, float]]  # (rate, threshold), the strictest rate first
     why_none: str = ""  # in words, for the user
+    of_tracks: bool = False  # measured on pairs of tracks, rather than of images
 
     def __bool__(self) -> bool:
         return bool(self.thresholds)
+
+    def on(self, *, tracks: bool) -> "Verdicts":
+        """These, if they were measured on pairs of tracks, or of single images, as asked for; else none: tracks of
+        several images are nearer to each other, those of strangers too (experiments/results/grouping.md)."""
+        if not self or self.of_tracks == tracks:
+            return self
+        was, now = ("tracks", "single images") if self.of_tracks else ("single images", "tracks")
+        return Verdicts((), f"the run was calibrated on {was}; for {now} calibrate a copy of it on these")
 
     def of(self, distance: float) -> str:
         """The strictest rate at which two images at that distance are accepted as one person."""
@@ -165,6 +174,7 @@ def load(workdir: Path, extractor: Extractor) -> dict[str, Any] | None:
         content = json.loads(path.read_text())
         fingerprint = str(content["fingerprint"])
         _thresholds(content)
+        _of_tracks(content)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -176,14 +186,19 @@ def load(workdir: Path, extractor: Extractor) -> dict[str, Any] | None:
 
 
 def load_verdicts(workdir: Path, extractor: Extractor) -> Verdicts:
-    """The thresholds that `save` has left in the run, if any; a UserError as `load` raises it."""
+    """The thresholds that `save` has left in the run, if any, of images or of tracks: see `Verdicts.on`. A UserError as
+    `load` raises it."""
     content = load(workdir, extractor)
     if content is None:
         return Verdicts((), f"run python -m jlml_jax.calibrate --workdir={workdir} first")
     return Verdicts(_thresholds(content), "the run was calibrated on too few pairs of different people; run python -m "
-                    f"jlml_jax.calibrate --workdir={workdir} on more images")
+                    f"jlml_jax.calibrate --workdir={workdir} on more images", _of_tracks(content))
 
 
 def _thresholds(content: dict[str, Any]) -> list[tuple[float, float]]:
     return sorted((float(entry["rate"]), float(entry["threshold"])) for entry in content["thresholds"]
                   if entry["threshold"] is not None)
+
+
+def _of_tracks(content: dict[str, Any]) -> bool:
+    return "tracks" in content["source"]

@@ -25,7 +25,7 @@ def compare(workdir: str | Path, images: tuple[str, str], cameras: tuple[str, st
     `cameras` are theirs; None: what their names tell, if they are like Market-1501's.
     """
     extractor = load_extractor(workdir)
-    verdicts = calibration.load_verdicts(user_path(workdir), extractor)
+    verdicts = calibration.load_verdicts(user_path(workdir), extractor).on(tracks=False)
     loaded = [load_query(image, extractor.height, extractor.width) for image in images]
     if cameras is not None:
         loaded = [(dataclasses.replace(image, camera=camera), pixels)

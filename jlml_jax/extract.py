@@ -13,12 +13,13 @@ from jlml_jax.features_file import FeaturesFile
 from jlml_jax.files import user_path
 from jlml_jax.user_images import add_image_options, list_images
 
-_DETAILS = """A CSV has the columns image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder
-and cannot leave it; a box (pixels of the upright frame) is cropped first, and must lie within the frame, or be cut
-to it by --clip_boxes; the file has the boxes as they were cropped.
+_DETAILS = """A CSV has the columns image[,identity][,camera][,track][,x,y,width,height]; its paths are relative to its
+folder and cannot leave it; a box (pixels of the upright frame) is cropped first, and must lie within the frame, or be
+cut to it by --clip_boxes; the file has the boxes as they were cropped.
 Images are turned as their EXIF tags say, and what is transparent is laid over mid-grey; more than 8 bits a
 channel are refused. Identity and camera are also read from names like Market-1501's, where all are like that.
-The file has a row an image, in the order of the list (jlml_jax/features_file.py describes it).
+The file has a row an image, in the order of the list (jlml_jax/features_file.py describes it), also where images are
+of tracks: search, group and calibrate take the mean of each track's features.
 
 examples:
   python -m jlml_jax.extract --workdir=runs/market1501 --images=crops --output=features.npz
@@ -38,6 +39,7 @@ def extract(workdir: str, images: str, output: str, *, keep_going: bool = False,
     embedded, features = embed_all(listing.images, extractor, keep_going=keep_going)
     done = [loaded.image for loaded in embedded]
     boxes = [image.box for image in done if image.box]
+    tracks = np.array([image.track for image in done])
     features_file.write(output, FeaturesFile(
         features=features,
         files=np.array([image.file for image in done]),
@@ -46,6 +48,7 @@ def extract(workdir: str, images: str, output: str, *, keep_going: bool = False,
         boxes=np.array(boxes, np.int32) if boxes else None,
         root=str(listing.root.resolve()),
         fingerprint=extractor.fingerprint,
+        tracks=tracks if tracks.any() else None,
     ))
     print(f"{output}: {len(done):,} images, {extractor.dim} features each, model {extractor.fingerprint}")
 

@@ -25,6 +25,7 @@ from jlml_jax.user_images import LoadedImage, UserImage, load_one, read_batches,
 
 # Fields of config.model that say how it was trained, not what it computes.
 _TRAINING_FIELDS = ("cosine_scale", "loss", "norm_momentum")
+_MEANS_BLOCK = 4096  # features that are added up at a time
 
 
 def load_extractor(workdir: str | Path) -> "Extractor":
@@ -60,7 +61,8 @@ class Extractor:
         params = {name: leaf for name, leaf in run.variables["params"].items() if not is_identity_layer(name)}
         variables = {"params": params, "batch_stats": run.variables["batch_stats"]}
         self.height, self.width = config.data.height, config.data.width
-        self.dim = sum(config.model[f"{branch}_feature_dim"] for branch in model.active_branches())
+        self._dims = [config.model[f"{branch}_feature_dim"] for branch in model.active_branches()]
+        self.dim = sum(self._dims)
         self.batch_size = -(-config.evaluate.batch_size // mesh.size) * mesh.size
         self.cameras = run.cameras.cameras if run.cameras else ()
         self.fingerprint = _fingerprint(config, variables, run.cameras)
@@ -121,6 +123,28 @@ class Extractor:
             pixels = np.stack([self._resized(crops[row], f"crop {row}") for row in rows])
             features[start:rows.stop] = self(pixels, None if cameras is None else cameras[start:rows.stop])
         return features
+
+    def mean_features(self, features: np.ndarray, of: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """The mean feature of images of one person, for each of several: float32 [M, dim].
+
+        It is normalised as the features are. A plain mean is shorter the more its images differ, and so nearer to
+        everything.
+
+        Args:
+            features: [N, dim], as this gives them.
+            of: which mean each image belongs to, int [K], 0 to M - 1, none of them without images.
+            rows: the images' rows of `features`, int [K]; None: all, in order.
+        """
+        order = np.argsort(of, kind="stable")
+        means = np.zeros((of.max() + 1, self.dim))
+        for start in range(0, len(order), _MEANS_BLOCK):  # features may be a memory map, larger than the memory
+            block = order[start:start + _MEANS_BLOCK]
+            numbers, starts = np.unique(of[block], return_index=True)
+            means[numbers] += np.add.reduceat(features[block if rows is None else rows[block]], starts,
+                                              dtype=np.float64)
+        means /= np.bincount(of)[:, None]
+        branches = np.split(means, np.cumsum(self._dims)[:-1], axis=1)
+        return evaluate.matching_feature(dict(enumerate(branches)), self._normalize)[:].astype(np.float32)
 
     def _resized(self, crop: np.ndarray | Image.Image | str | Path, name: str) -> np.ndarray:
         """uint8 [height, width, 3]."""

@@ -6,10 +6,12 @@
   identities   str [N], empty where not known
   cameras      str [N], empty where not known
   boxes        int32 [N, 4]: x, y, width, height in pixels of the frame; only if the images are boxes of frames
+  tracks       str [N], empty where of none; only if there are any: a tracker's name, unique within a camera
   root         str, the folder that the files are in
   fingerprint  str, of the model (`extractor.Extractor.fingerprint`)
 `.parquet` has a row an image with the columns file, identity, camera (null where not known), x, y, width, height (if
-there are boxes) and features (a list of D float32); root and fingerprint are metadata of its schema.
+there are boxes), track (if there are any) and features (a list of D float32); root and fingerprint are metadata of its
+schema.
 """
 
 import dataclasses
@@ -39,6 +41,7 @@ class FeaturesFile:
     boxes: np.ndarray | None  # int32 [N, 4]
     root: str
     fingerprint: str
+    tracks: np.ndarray | None = None  # str [N]
 
     def __len__(self) -> int:
         return len(self.features)
@@ -60,7 +63,8 @@ class FeaturesFile:
         """The image that row `row` is of."""
         file = str(self.files[row])
         box = None if self.boxes is None else tuple(self.boxes[row].tolist())
-        return UserImage(Path(self.root, file), file, str(self.identities[row]), str(self.cameras[row]), box)
+        return UserImage(Path(self.root, file), file, str(self.identities[row]), str(self.cameras[row]), box,
+                         track="" if self.tracks is None else str(self.tracks[row]))
 
 
 def is_features_file(path: Path) -> bool:
@@ -89,11 +93,15 @@ def write(path: Path, table: FeaturesFile) -> None:
 
     def write_parquet(file: BinaryIO) -> None:
         pa, parquet = _pyarrow()
-        columns = {"file": pa.array(table.files.tolist(), pa.string())}
-        for name, values in (("identity", table.identities), ("camera", table.cameras)):
-            columns[name] = pa.array([value or None for value in values.tolist()], pa.string())
+
+        def text(values: np.ndarray) -> "pa.Array":
+            return pa.array([value or None for value in values.tolist()], pa.string())
+
+        columns = {"file": text(table.files), "identity": text(table.identities), "camera": text(table.cameras)}
         if table.boxes is not None:
             columns |= {name: pa.array(table.boxes[:, i]) for i, name in enumerate(("x", "y", "width", "height"))}
+        if table.tracks is not None:
+            columns["track"] = text(table.tracks)
         columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(table.features.ravel()),
                                                                 table.features.shape[1])
         metadata = {"root": table.root, "fingerprint": table.fingerprint}
@@ -113,7 +121,8 @@ def read(path: Path) -> FeaturesFile:
         n = len(table.features)
         if table.features.ndim != 2 or table.features.dtype != np.float32 or not table.features.shape[1]:
             raise ValueError(f"its features are {table.features.dtype} {list(table.features.shape)}")
-        if any(column.shape != (n,) for column in (table.files, table.identities, table.cameras)):
+        texts = (table.files, table.identities, table.cameras, *([] if table.tracks is None else [table.tracks]))
+        if any(column.shape != (n,) for column in texts):
             raise ValueError("its columns are not of one length")
         if table.boxes is not None and (table.boxes.shape != (n, 4) or table.boxes.dtype.kind != "i"):
             raise ValueError("its boxes are not four integers each")
@@ -133,7 +142,8 @@ def read(path: Path) -> FeaturesFile:
 
 def _read_npz(path: Path) -> FeaturesFile:
     with np.load(path, allow_pickle=False) as arrays:
-        text = {name: arrays[name] for name in ("files", "identities", "cameras", "root", "fingerprint")}
+        names = ("files", "identities", "cameras", "root", "fingerprint", *["tracks"] * ("tracks" in arrays))
+        text = {name: arrays[name] for name in names}
         for name, values in text.items():
             if values.dtype.kind != "U":
                 raise ValueError(f"{name} is {values.dtype}, not text")
@@ -155,7 +165,8 @@ def _read_parquet(path: Path) -> FeaturesFile:
     if "x" in table.column_names:
         boxes = np.stack([table[name].to_numpy() for name in ("x", "y", "width", "height")], 1)
     return FeaturesFile(features, text("file"), text("identity"), text("camera"), boxes,
-                        metadata[b"root"].decode(), metadata[b"fingerprint"].decode())
+                        metadata[b"root"].decode(), metadata[b"fingerprint"].decode(),
+                        text("track") if "track" in table.column_names else None)
 
 
 def _pyarrow():

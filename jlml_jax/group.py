@@ -1,9 +1,11 @@
 """Groups unlabelled images by person, as labels to correct by hand or to train on."""
 
 import argparse
+import collections
 import csv
 import hashlib
 import io
+import itertools
 import math
 import os
 import sys
@@ -19,22 +21,24 @@ from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.extractor import Extractor, check_fingerprint, embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
 from jlml_jax.files import check_output, refuse_replacing_images, user_path, write_output
-from jlml_jax.user_images import UserImage, add_image_options, list_images
+from jlml_jax.user_images import UserImage, add_image_options, list_images, track_numbers
 
 _SHOWN = 12  # images of a group in the picture
 _USUAL_RATE = 1e-3
 
 _DETAILS = """Groups are joined as long as the mean distance between the images of one and those of the other is at
 most a threshold: that of --false_accept_rate in the run's calibration, or --threshold. A lower one parts persons into
-more groups, a higher one mixes them. Boxes of one frame are taken for different people.
+more groups, a higher one mixes them. Boxes of one frame are taken for different people. Where images are of tracks,
+as search takes them, it is tracks that are grouped, by the mean feature of each.
 
 The CSV is what jlml_jax.prepare takes for a data set folder/NAME: image, identity, camera where all are known, split,
-boxes. Identities are such as 3fa9-00001, the largest of this grouping. Within a group the most typical images come
-first, those to look at last. All images are in the split train: a test on these labels would be of the groups, not of
-people. When you have corrected them, remove that column. Identities that the images have already are not used, but if
-there are any it is told how well the groups agree with them.
+tracks, boxes. Identities are such as 3fa9-00001, the largest of this grouping. Within a group the most typical images
+come first, those to look at last. All images are in the split train: a test on these labels would be of the groups, not
+of people. When you have corrected them, remove that column. Identities that the images have already are not used, but
+if there are any it is told how well the groups agree with them.
 
---images is as in jlml_jax.extract, or a file that extract has made; at most 30,000, for which it takes some 8 GB.
+--images is as in jlml_jax.extract, or a file that extract has made; at most 30,000 images, or tracks, for which it
+takes some 8 GB.
 
 examples:
   python -m jlml_jax.group --workdir=runs/pretrained --images=crops --output=crops/people.csv
@@ -55,7 +59,8 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
     output = user_path(output)
     _check_arguments(output, false_accept_rate, threshold, picture)
     listed, table = _listed(images, clip_boxes)
-    grouping.check_number(len(listed))
+    with_tracks = any(image.track for image in listed)
+    grouping.check_number(track_numbers(listed).max() + 1, "tracks" if with_tracks else "images")
     if not 1 <= min_images <= len(listed):
         raise UserError(f"--min_images={min_images} must be from 1 to the number of images, {len(listed):,}")
     if picture is not None:
@@ -64,7 +69,7 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
     extractor = load_extractor(workdir)
     if threshold is None:
         threshold, told = _calibrated(user_path(workdir), extractor, _USUAL_RATE if false_accept_rate is None else
-                                      false_accept_rate)
+                                      false_accept_rate, with_tracks)
     else:
         told = f"a mean distance of at most {threshold:g}"
     if table is not None:
@@ -77,10 +82,12 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
     found, features = [listed[row] for row in once], features[once]
     if len(found) < len(listed):
         print(f"{len(listed) - len(found):,} images are there twice, and are kept once")
-    groups = grouping.group(features, threshold, _frames(found))
+    tracks = track_numbers(found)
+    means = extractor.mean_features(features, tracks) if with_tracks else features
+    groups = grouping.by_size(grouping.group(means, threshold, _apart(found, tracks))[tracks])
     sizes = np.bincount(groups)
-    print(f"{len(found):,} images in {len(sizes):,} groups, at {told}; {(sizes == 1).sum():,} groups are of one image, "
-          f"the largest of {sizes[0]:,}")
+    print(f"{len(found):,} images" + f" of {tracks.max() + 1:,} tracks" * with_tracks + f" in {len(sizes):,} groups, "
+          f"at {told}; {(sizes == 1).sum():,} groups are of one image, the largest of {sizes[0]:,}")
     known = [row for row, image in enumerate(found) if image.identity not in ("", *NOBODY)]
     if known:
         precision, recall = grouping.agreement(groups[known], np.array([found[row].identity for row in known]))
@@ -127,7 +134,7 @@ def _listed(source: str, clip_boxes: bool) -> tuple[list[UserImage], FeaturesFil
     return listing.images, None
 
 
-def _calibrated(workdir: Path, extractor: Extractor, rate: float) -> tuple[float, str]:
+def _calibrated(workdir: Path, extractor: Extractor, rate: float, with_tracks: bool) -> tuple[float, str]:
     """The distance that the run's calibration has for a false accept rate, and that in words."""
     verdicts = calibration.load_verdicts(workdir, extractor)
     measured = dict(verdicts.thresholds)
@@ -136,7 +143,8 @@ def _calibrated(workdir: Path, extractor: Extractor, rate: float) -> tuple[float
             f"the run's calibration has {first_few(list(map(format_rate, measured)))}")
         raise UserError(f"no threshold is known for a false accept rate of {format_rate(rate)}: {why}; or give "
                         "--threshold")
-    return measured[rate], (f"a mean distance of at most {measured[rate]:.4f}, a false accept rate of "
+    of = "" if verdicts.of_tracks == with_tracks else " between tracks" if verdicts.of_tracks else " between images"
+    return measured[rate], (f"a mean distance of at most {measured[rate]:.4f}, a false accept rate{of} of "
                             f"{format_rate(rate)}")
 
 
@@ -164,27 +172,33 @@ def _once(images: Sequence[UserImage]) -> list[int]:
                  }.values())[::-1]
 
 
-def _frames(images: Sequence[UserImage]) -> np.ndarray:
-    """Which frame each image is a box of, as `grouping.group` takes it."""
-    numbers = {}
-    return np.array([numbers.setdefault(os.path.realpath(image.path), len(numbers)) if image.box else -1
-                     for image in images])
+def _apart(images: Sequence[UserImage], tracks: np.ndarray) -> np.ndarray:
+    """The pairs of tracks that are in one frame, and so of different people, int [P, 2]."""
+    in_frame = collections.defaultdict(set)
+    for image, track in zip(images, tracks.tolist(), strict=True):
+        if image.box:
+            in_frame[os.path.realpath(image.path)].add(track)
+    pairs = {pair for frame in in_frame.values() for pair in itertools.combinations(sorted(frame), 2)}
+    return np.array(sorted(pairs), int).reshape(-1, 2)
 
 
 def _write(output: Path, images: Sequence[UserImage], groups: np.ndarray, rows: np.ndarray) -> None:
-    with_boxes, with_camera = any(image.box for image in images), all(images[row].camera for row in rows)
-    if not with_camera and any(images[row].camera for row in rows):
+    with_boxes, cameras = any(image.box for image in images), {images[row].camera for row in rows}
+    with_camera, with_tracks = "" not in cameras, any(images[row].track for row in rows)
+    if not with_camera and len(cameras) > 1:
         print("some images tell no camera, so that the CSV has none: it would need those of all")
+        with_tracks = False  # whose names are unique within a camera
     names = _names_from(output, [images[row] for row in rows])
     # Another grouping's names are others, so that nobody takes its people for these.
     these = hashlib.sha256(repr(sorted(zip(names, groups[rows].tolist(), strict=True))).encode()).hexdigest()[:4]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "identity", *["camera"] * with_camera, "split", *BOX_COLUMNS * with_boxes])
+    table.writerow(["image", "identity", *["camera"] * with_camera, "split", *["track"] * with_tracks,
+                    *BOX_COLUMNS * with_boxes])
     for row, name in zip(rows, names, strict=True):
         image = images[row]
         table.writerow([name, f"{these}-{_number(groups[row])}", *[image.camera] * with_camera, "train",
-                        *(image.box or [""] * 4) * with_boxes])
+                        *[image.track] * with_tracks, *(image.box or [""] * 4) * with_boxes])
     write_output(output, text.getvalue())
 
 

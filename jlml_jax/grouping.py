@@ -11,7 +11,7 @@ _BLOCK = 1024  # images whose distances to all others are computed at a time
 _NEVER = 1e300  # a distance that no mean with others brings below a threshold, of however many
 
 
-def group(features: np.ndarray, threshold: float, frames: np.ndarray | None = None) -> np.ndarray:
+def group(features: np.ndarray, threshold: float, apart: np.ndarray | None = None) -> np.ndarray:
     """Agglomerative clustering by average linkage: the two nearest groups are joined, again and again, as long as the
     mean L2 distance between an image of one and an image of the other is at most `threshold`.
 
@@ -21,7 +21,7 @@ def group(features: np.ndarray, threshold: float, frames: np.ndarray | None = No
     Args:
         features: float [N, D].
         threshold: a distance, such as `calibration` measures.
-        frames: int [N]: images of one frame, of equal number >= 0, are of different people; -1: of none. None: of none.
+        apart: int [P, 2]: pairs of images that are known to be of different people.
 
     Returns:
         The group of each image, int64 [N], numbered from 0 by size, the largest first; equal ones by their first image.
@@ -33,27 +33,37 @@ def group(features: np.ndarray, threshold: float, frames: np.ndarray | None = No
     check_number(number)
     if number < 2:
         return np.zeros(number, np.int64)
-    distances, end = np.empty(number * (number - 1) // 2), 0  # of each image to those after it
+    distances, end = np.empty(_pairs_before(number, number)), 0  # of each image to those after it
     for start in range(0, number, _BLOCK):
         block = l2_distances(features[start:start + _BLOCK], features[start:])
         for row, values in enumerate(block, start):
             values = values[row - start + 1:]
             distances[end:end + len(values)] = values
-            if frames is not None and frames[row] >= 0:
-                distances[end:end + len(values)][frames[row + 1:] == frames[row]] = _NEVER
             end += len(values)
+    if apart is not None:
+        first, second = np.sort(apart, axis=1).T
+        distances[_pairs_before(number, first) + second - first - 1] = _NEVER
     tree = scipy.cluster.hierarchy.linkage(distances, "average")
-    _, first, groups, sizes = np.unique(scipy.cluster.hierarchy.fcluster(tree, threshold, "distance"),
-                                        return_index=True, return_inverse=True, return_counts=True)
+    return by_size(scipy.cluster.hierarchy.fcluster(tree, threshold, "distance"))
+
+
+def by_size(groups: np.ndarray) -> np.ndarray:
+    """Groups [N], numbered from 0 by size, the largest first; equal ones by their first image; int64 [N]."""
+    _, first, groups, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     ranks = np.empty(len(sizes), np.int64)
     ranks[np.lexsort((first, -sizes))] = np.arange(len(sizes))
     return ranks[groups]
 
 
-def check_number(images: int) -> None:
-    """A UserError if so many images cannot be grouped: told before they are embedded, not after."""
-    if images > MOST_IMAGES:
-        raise UserError(f"{images:,} images are more than can be grouped at once, {MOST_IMAGES:,}; group them by place "
+def _pairs_before(number: int, row: int | np.ndarray) -> int | np.ndarray:
+    """Of `number` images, the pairs of those before `row` with all after each."""
+    return number * row - row * (row + 1) // 2
+
+
+def check_number(number: int, what: str = "images") -> None:
+    """A UserError if so many cannot be grouped: told before they are embedded, not after."""
+    if number > MOST_IMAGES:
+        raise UserError(f"{number:,} {what} are more than can be grouped at once, {MOST_IMAGES:,}; group them by place "
                         "or day, say")
 
 

@@ -223,7 +223,8 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
     evaluate.check_fields(config.evaluate)
     mesh = parallel.make_mesh()
     config.evaluate.batch_size = -(-config.evaluate.batch_size // mesh.size) * mesh.size  # of whatever devices
-    verdicts = calibration.load_verdicts(run.workdir, Extractor(run, mesh))  # refuses other weights' before the work
+    # Which refuses other weights' before the work.
+    verdicts = calibration.load_verdicts(run.workdir, Extractor(run, mesh)).on(tracks=False)
     model = build_model(config, num_identities=0)
     forward = evaluate.make_forward(model, config, mesh)
     features = norm_statistics.features_of(trial, forward, norm_statistics.make_statistics(model, config, mesh),

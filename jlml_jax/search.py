@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jlml_jax import calibration, contact_sheet, features_file, search_results
+from jlml_jax.calibration import Verdicts
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, embed, embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
@@ -19,7 +20,8 @@ from jlml_jax.files import check_output, refuse_replacing, refuse_replacing_imag
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
 from jlml_jax.reranking import Reranking
 from jlml_jax.search_results import Found, Query
-from jlml_jax.user_images import LoadedImage, UserImage, add_image_options, list_images
+from jlml_jax.tracks import TrackGallery
+from jlml_jax.user_images import LoadedImage, UserImage, add_image_options, list_images, track_numbers
 
 _DETAILS = """--gallery is a folder, CSV or glob of images as extract takes them; or a file that extract has made; or a
 gallery folder. Images are kept in a gallery folder (--index, or one of their own in RUN/galleries), so that the
@@ -27,9 +29,13 @@ next search embeds only what is new; only images that are listed now are searche
 is searched whole. It belongs to the model that made it, and is refused with another one.
 
 --query is an image, or many as extract takes them: each is searched for. --output has a line for each image that was
-found: query, its number of images, rank, distance, verdict (if the run is calibrated), image, identity, camera, and the
-boxes, if there are any. With --same_person all query images are of one person, and the mean of their features is
-searched for, as in Market-1501's multi-query protocol.
+found: query, its number of images, rank, distance, verdict (if the run is calibrated), image, identity, camera, track,
+and the boxes, if there are any. With --same_person all query images are of one person, and the mean of their features
+is searched for.
+
+Where a CSV has a column track, or a file of features was made of such a one, the images of one track of one camera are
+matched by the mean of their features: each track of --query is searched for, and each of --gallery is found once,
+shown by the image in its middle. A gallery folder keeps images, not tracks: give it as --index, beside the CSV.
 
 examples:
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=crops --query=somebody.jpg --picture=found.png
@@ -37,34 +43,34 @@ examples:
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=all_days --query=somebody.jpg --exclude_camera=3
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=all_days --query=missing --output=found.csv
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=all_days --query='ann/*.jpg' --same_person
+  python -m jlml_jax.search --workdir=runs/market1501 --gallery=tracks.csv --query=tracks.csv --exclude_own_camera
 """
 # Of a query's nearest images, whose order re-ranking changes; the time grows with their square, to 30 ms a query.
 RERANKED = 500
 
 
 def update_gallery(folder: Path, images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool = False
-                   ) -> tuple[Gallery, np.ndarray]:
+                   ) -> tuple[Gallery, list[LoadedImage]]:
     """Opens the gallery in `folder`, makes it if there is none, and adds those `images` that are not in it.
 
-    Returns the gallery and the rows of `images` in it, int64 [M]. What is added is kept batch by batch.
+    Returns the gallery and those of `images` that are in it now. What is added is kept batch by batch.
 
     Raises:
         UserError: the gallery is another model's, another process is adding to it, or images are bad.
     """
     gallery = Gallery(folder) if is_gallery(folder) else Gallery.create(folder, extractor.fingerprint, extractor.dim)
     check_fingerprint(f"the gallery {folder}", gallery.fingerprint, extractor)
-    digests, before = [], len(gallery)
+    listed, before = [], len(gallery)
     with gallery.writing():
         for new, seen, features in embed(images, extractor, keep_going=keep_going, known=gallery.digests()):
             if extractor.cameras:
                 _refuse_other_cameras(gallery, [*new, *seen])
             gallery.add(new, features, seen)
-            digests += [loaded.digest for loaded in [*new, *seen]]
-    rows = gallery.rows(digests)
-    copies = len(digests) - len(rows)
+            listed += [dataclasses.replace(loaded, pixels=None) for loaded in [*new, *seen]]
+    copies = len(listed) - len({loaded.digest for loaded in listed})
     print(f"{folder}: {len(gallery) - before:,} images added, {len(gallery):,} in it"
           + (f"; {copies:,} listed images are copies of others and are kept once" if copies else ""))
-    return gallery, rows
+    return gallery, listed
 
 
 def _refuse_other_cameras(gallery: Gallery, images: Sequence[LoadedImage]) -> None:
@@ -80,7 +86,7 @@ def _refuse_other_cameras(gallery: Gallery, images: Sequence[LoadedImage]) -> No
 
 
 def _open(gallery: str, index: str | None, picture: str | None, workdir: Path, extractor: Extractor, keep_going: bool,
-          clip_boxes: bool) -> tuple[Gallery | FeaturesFile, np.ndarray | None]:
+          clip_boxes: bool) -> tuple[Gallery | FeaturesFile | TrackGallery, np.ndarray | None]:
     """What `gallery` names, and the rows of it to search (None: all). `picture` must be none of its images."""
     path = user_path(gallery)
     if index is not None and (is_gallery(path) or path.suffix in features_file.SUFFIXES):
@@ -88,7 +94,10 @@ def _open(gallery: str, index: str | None, picture: str | None, workdir: Path, e
     if features_file.is_features_file(path):
         table = features_file.read(path)
         check_fingerprint(gallery, table.fingerprint, extractor)
-        return table, None
+        if table.tracks is None:
+            return table, None
+        rows = np.arange(len(table))
+        return TrackGallery(table, [table.image(row) for row in rows], rows, extractor), None
     if is_gallery(path):
         opened, rows = Gallery(path), None
         check_fingerprint(f"the gallery {gallery}", opened.fingerprint, extractor)
@@ -100,11 +109,15 @@ def _open(gallery: str, index: str | None, picture: str | None, workdir: Path, e
             print(note)
         name = f"{path.stem[:40]}-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
         folder = user_path(index) if index else workdir / "galleries" / extractor.fingerprint / name
-        opened, rows = update_gallery(folder, listing.images, extractor, keep_going=keep_going)
+        opened, listed = update_gallery(folder, listing.images, extractor, keep_going=keep_going)
+        if any(loaded.image.track for loaded in listed):
+            rows = np.concatenate([opened.rows([loaded.digest]) for loaded in listed])
+            return TrackGallery(opened, [loaded.image for loaded in listed], rows, extractor), None
+        rows = opened.rows([loaded.digest for loaded in listed])
     return opened, rows
 
 
-def _eligible_rows(gallery: Gallery | FeaturesFile, rows: np.ndarray | None, only: Sequence[str],
+def _eligible_rows(gallery: Gallery | FeaturesFile | TrackGallery, rows: np.ndarray | None, only: Sequence[str],
                    excluded: Sequence[str]) -> Callable[[frozenset[str]], np.ndarray | None]:
     """A function of a query's own cameras, to be left out, too: which rows may be found, bool [N]; None: all."""
     cameras = functools.cache(lambda: gallery.cameras)
@@ -139,9 +152,9 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
            clip_boxes: bool = False) -> None:
     """Prints the `top_k` images of `gallery` that are nearest to each image of `query`; None: adds images only.
 
-    With `same_person`, all images of `query` are of one person: it is their mean feature that is searched for, as in
-    Market-1501's multi-query protocol. With `rerank`, the `RERANKED` nearest images of each query are ordered by
-    k-reciprocal re-ranking among them; distances and verdicts stay the plain ones. The rest is as --help has it.
+    With `same_person`, all images of `query` are of one person: it is their mean feature that is searched for. With
+    `rerank`, the `RERANKED` nearest images of each query are ordered by k-reciprocal re-ranking among them; distances
+    and verdicts stay the plain ones. The rest is as --help has it.
     """
     folder = user_path(workdir)
     if top_k < 1:
@@ -155,7 +168,7 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
         contact_sheet.check(user_path(picture))
     refuse_replacing({"--gallery": gallery, "--query": query, "--output": output, "--picture": picture})
     extractor = load_extractor(folder)
-    verdicts = calibration.load_verdicts(folder, extractor)
+    calibrated = calibration.load_verdicts(folder, extractor)
     queries = []
     if query is not None:  # first of all: adding may take long
         images = _query_images(query, query_camera, exclude_own_camera, clip_boxes)
@@ -169,8 +182,7 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
     if not queries:
         return
     eligible = _eligible_rows(opened, rows, camera, exclude_camera)
-    if len(queries[0].images) > 1:
-        verdicts = calibration.Verdicts((), "thresholds are measured on pairs of single images")
+    verdicts = _verdicts_on(calibrated, queries, opened, same_person)
     neighbours, found = NearestNeighbours(opened.features), []
     for one in tqdm(queries, "searching", unit=" queries", leave=False, disable=None if len(queries) > 1 else True):
         own = frozenset(image.camera for image in one.images) if exclude_own_camera else frozenset()
@@ -201,8 +213,22 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
         search_results.draw(user_path(picture), found)
 
 
-def _rows_of(query: Query, gallery: Gallery | FeaturesFile) -> np.ndarray:
-    """Where the gallery has the query's own images: by their bytes, or in a file of features by their files."""
+def _verdicts_on(calibrated: Verdicts, queries: Sequence[Query], gallery: Gallery | FeaturesFile | TrackGallery,
+                 same_person: bool) -> Verdicts:
+    """The thresholds that go for a query and what is found, if they were measured on pairs of such."""
+    tracks = isinstance(gallery, TrackGallery)
+    if calibrated and same_person and len(queries[0].images) > 1:
+        return Verdicts((), "thresholds are measured on pairs of images, or of tracks, not on all images of a person")
+    if calibrated and tracks != any(image.track for query in queries for image in query.images):
+        return Verdicts((), "thresholds are measured on pairs of images, or of tracks, not on an image and a track")
+    return calibrated.on(tracks=tracks)
+
+
+def _rows_of(query: Query, gallery: Gallery | FeaturesFile | TrackGallery) -> np.ndarray:
+    """Where the gallery has the query's own images, or the tracks that have them: by their bytes, or in a file of
+    features by their files."""
+    if isinstance(gallery, TrackGallery):
+        return gallery.tracks_of(_rows_of(query, gallery.gallery))
     return gallery.rows(query.digests) if isinstance(gallery, Gallery) else gallery.rows_of(query.images)
 
 
@@ -231,12 +257,13 @@ def _query_images(source: str, camera: str | None, camera_needed: bool, clip_box
 def _embed_queries(images: Sequence[UserImage], extractor: Extractor, same_person: bool, keep_going: bool
                    ) -> list[Query]:
     embedded, features = embed_all(images, extractor, keep_going=keep_going)
-    queries = [Query([loaded.image], [loaded.digest], feature)
-               for loaded, feature in zip(embedded, features, strict=True)]
-    if same_person:
-        mean = np.mean([query.feature for query in queries], axis=0, dtype=np.float64)
-        queries = [Query([query.images[0] for query in queries], [query.digests[0] for query in queries],
-                         mean.astype(np.float32))]
+    of = np.zeros(len(embedded), int) if same_person else track_numbers([loaded.image for loaded in embedded])
+    if of[-1] + 1 < len(of):  # the last is of the last one
+        features = extractor.mean_features(features, of)
+    queries = [Query([], [], feature) for feature in features]
+    for number, loaded in zip(of, embedded, strict=True):
+        queries[number].images.append(loaded.image)
+        queries[number].digests.append(loaded.digest)
     return queries
 
 

@@ -18,7 +18,7 @@ from jlml_jax.user_images import UserImage
 class Query:
     """What to search for."""
 
-    images: list[UserImage]  # one; or several of one person
+    images: list[UserImage]  # one; or several of one person, such as those of a track
     digests: list[bytes]  # theirs, as `LoadedImage` has them
     feature: np.ndarray  # float32 [D], of the one or the mean of theirs
 
@@ -48,22 +48,24 @@ def show(found: Found, with_verdicts: bool, headed: bool) -> None:
             zip(found.images, found.distances, found.verdicts, strict=True), 1):
         print(f"{rank:>4} {distance:>10.4f}  " + (f"{verdict:<{width}}  " if with_verdicts else "")
               + f"{printable(image.identity) or '-':<10} {printable(image.camera) or '-':<8} {printable(image.file)}"
-              + (f" box {','.join(map(str, image.box))}" if image.box else ""))
+              + (f" box {','.join(map(str, image.box))}" if image.box else "")
+              + (f" track {printable(image.track)}" if image.track else ""))
 
 
 def write(path: Path, found: Sequence[Found]) -> None:
-    """A CSV with a line for each image that was found, by query and rank; of images of one person, the first's name."""
+    """A CSV with a line for each image or track that was found, by query and rank; of a query's several images it has the
+    first one's name."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     box = ("x", "y", "width", "height")
-    table.writerow(["query", "query_images", *(f"query_{name}" for name in box), "rank", "distance", "verdict", "image",
-                    "identity", "camera", *box])
+    table.writerow(["query", "query_images", "query_track", *(f"query_{name}" for name in box), "rank", "distance",
+                    "verdict", "image", "identity", "camera", "track", *box])
     for one in found:
         query = one.query.images[0]
-        cells = [query.file, len(one.query.images), *(query.box or [""] * 4)]
+        cells = [query.file, len(one.query.images), query.track, *(query.box or [""] * 4)]
         for rank, (image, distance, verdict) in enumerate(zip(one.images, one.distances, one.verdicts, strict=True), 1):
             table.writerow([*cells, rank, f"{distance:.6f}", verdict, image.file, image.identity, image.camera,
-                            *(image.box or [""] * 4)])
+                            image.track, *(image.box or [""] * 4)])
     write_output(path, text.getvalue())
     print(f"{path}: {sum(len(one.images) for one in found):,} images found, for {len(found):,} queries")
 

@@ -53,6 +53,7 @@ class UserImage:
     box: Box | None = None  # None: all of the image
     row: int | None = None  # line of the CSV
     clip: bool = False  # cut the box to the frame, if it crosses the edge
+    track: str = ""  # a tracker's name for whom it followed, through one camera; empty: of none
 
     def __str__(self) -> str:
         """For messages."""
@@ -91,11 +92,11 @@ def list_images(source: str, *, clip_boxes: bool = False) -> Listing:
     """Lists images: a folder's, searched to the bottom and sorted by path; a CSV's; a glob's, sorted; or one file.
 
     In a folder, linked folders are searched too; files that by their suffix are no images are left out, and so is what
-    is hidden. A CSV has the columns image[,identity][,camera][,x,y,width,height]; its paths are relative to its folder
-    and must stay in it, also where symbolic links lead. Where all names of a folder or glob are like Market-1501's
-    (0002_c1s1_000451_03.jpg), identity and camera are read from them. As in the data sets `folder/NAME`, distractor and
-    junk in the place of an identity are nobody. Boxes that cross the edge of their frame are refused when they are
-    read; with `clip_boxes`, they are cut to it.
+    is hidden. A CSV has the columns image[,identity][,camera][,track][,x,y,width,height]; its paths are relative to its
+    folder and must stay in it, also where symbolic links lead. Where all names of a folder or glob are like
+    Market-1501's (0002_c1s1_000451_03.jpg), identity and camera are read from them. As in the data sets `folder/NAME`,
+    distractor and junk in the place of an identity are nobody. Boxes that cross the edge of their frame are refused
+    when they are read; with `clip_boxes`, they are cut to it.
 
     Raises:
         UserError: there are none, or the CSV has rows that cannot be right.
@@ -170,7 +171,7 @@ def _with_market_names(images: list[UserImage], root: Path) -> Listing:
 
 
 def _read_csv(path: Path, clip_boxes: bool) -> Listing:
-    lines, notes = read_table(path, ("image",), ("identity", "camera"))
+    lines, notes = read_table(path, ("image",), ("identity", "camera", "track"))
     root, images, bad = os.path.realpath(path.parent), [], []
     for number, cells in lines:
         try:
@@ -179,6 +180,7 @@ def _read_csv(path: Path, clip_boxes: bool) -> Listing:
             bad.append(f"line {number}: {error}")
     if bad:
         raise UserError(f"{path} has {len(bad)} bad lines: {first_few(bad, '; ')}; mend or remove them")
+    track_numbers(images)  # which refuses those that cannot be
     return Listing(images, path.parent, tuple(notes))
 
 
@@ -194,7 +196,36 @@ def _csv_image(cells: dict[str, str], line: int, folder: Path, root: str) -> Use
         raise ValueError(f"{shown} {error}") from error
     if cells.get("identity") == str(JUNK):
         raise ValueError(JUNK_ADVICE)
-    return UserImage(folder / name, name, cells.get("identity", ""), cells.get("camera", ""), box_of(cells), line)
+    return UserImage(folder / name, name, cells.get("identity", ""), cells.get("camera", ""), box_of(cells), line,
+                     track=cells.get("track", ""))
+
+
+def track_numbers(images: Sequence[UserImage]) -> np.ndarray:
+    """The track of each image, int64 [N], numbered from 0 by their first images; an image of no track is one by itself.
+
+    Tracks of two cameras are different ones, whatever their names.
+
+    Raises:
+        UserError: a track has images of two identities, or two boxes of one frame.
+    """
+    numbers, first, of_frame = {}, {}, {}
+    tracks = np.empty(len(images), np.int64)
+    for row, image in enumerate(images):
+        key = (image.camera, image.track) if image.track else row
+        tracks[row] = numbers.setdefault(key, len(numbers))
+        if image.track:
+            before, beside = first.setdefault(key, image), of_frame.setdefault((key, image.path), image)
+            if image.identity != before.identity:
+                raise _no_track(before, image, "have two identities")
+            if image.box != beside.box:
+                raise _no_track(beside, image, "are two boxes of one frame")
+    return tracks
+
+
+def _no_track(one: UserImage, other: UserImage, why: str) -> UserError:
+    of_camera = f" of camera {printable(one.camera)}" if one.camera else ""
+    return UserError(f"track {printable(one.track)}{of_camera} is not of one person: {one} and {other} {why}; mend "
+                     "them, and name each track of a camera differently")
 
 
 def load_images(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes] = frozenset()

@@ -41,13 +41,14 @@ def test_groups_are_those_of_average_linkage(threshold, framed, monkeypatch):
     for seed in range(3):
         features, _ = cloud(seed=seed)
         frames = np.random.default_rng(seed).integers(-1, 12, len(features)) if framed else np.full(len(features), -1)
-        groups = grouping.group(features, threshold, frames if framed else None)
+        apart = [(b, a) for a, b in itertools.combinations(range(len(features)), 2) if frames[a] == frames[b] >= 0]
+        groups = grouping.group(features, threshold, np.array(apart) if framed else None)
         assert as_sets(groups) == joined_one_by_one(features, threshold, frames)
 
 
-def test_a_group_has_no_two_boxes_of_a_frame():
+def test_a_group_has_nobody_who_is_known_to_be_another():
     features = np.zeros((5, 3), np.float32)  # one person, by all that the features say
-    groups = grouping.group(features, 9.0, np.array([4, 4, -1, 2, 2]))
+    groups = grouping.group(features, 9.0, np.array([[0, 1], [4, 3]]))
     assert groups[0] != groups[1] and groups[3] != groups[4] and len(np.unique(groups)) == 2
     assert len(np.unique(grouping.group(features, 9.0))) == 1
 
