@@ -201,4 +201,4 @@ def _thresholds(content: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def _of_tracks(content: dict[str, Any]) -> bool:
-    return "tracks" in content["source"]
+    return "tracks" in content.get("source", {})

@@ -136,7 +136,7 @@ class Extractor:
             rows: the images' rows of `features`, int [K]; None: all, in order.
         """
         order = np.argsort(of, kind="stable")
-        means = np.zeros((of.max() + 1, self.dim))
+        means = np.zeros((of.max(initial=-1) + 1, self.dim))
         for start in range(0, len(order), _MEANS_BLOCK):  # features may be a memory map, larger than the memory
             block = order[start:start + _MEANS_BLOCK]
             numbers, starts = np.unique(of[block], return_index=True)

@@ -53,8 +53,8 @@ def show(found: Found, with_verdicts: bool, headed: bool) -> None:
 
 
 def write(path: Path, found: Sequence[Found]) -> None:
-    """A CSV with a line for each image or track that was found, by query and rank; of a query's several images it has the
-    first one's name."""
+    """A CSV with a line for each image or track that was found, by query and rank. A query of several images goes by
+    the name of the first."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     box = ("x", "y", "width", "height")

@@ -85,6 +85,7 @@ def test_features_that_are_not_normalised_have_plain_means(tiny_extractor, monke
     features = np.random.default_rng(0).standard_normal((5, tiny_extractor.dim)).astype(np.float32)
     means = tiny_extractor.mean_features(features, np.array([1, 0, 1, 1, 0]))
     np.testing.assert_allclose(means, [features[[1, 4]].mean(0), features[[0, 2, 3]].mean(0)], atol=1e-6)
+    assert tiny_extractor.mean_features(features[:0], np.empty(0, int)).shape == (0, tiny_extractor.dim)
 
 
 def test_tracks_are_a_camera_s(crops):

@@ -283,16 +283,18 @@ def gallery(folder: Path) -> Target:
 def _features_file(folder: Path, suffix: str) -> Target:
     from jlml_jax import calibrate, features_file
 
-    def table(boxes: bool) -> features_file.FeaturesFile:
+    def table(whole: bool) -> features_file.FeaturesFile:
         return features_file.FeaturesFile(
             np.arange(24, dtype=np.float32).reshape(6, 4), np.array([f"{i}.png" for i in range(6)]),
             np.array(["1", "1", "junk", "", "distractor", "2"]), np.array(["1", "2", "", "1", "2", "3"]),
-            np.arange(24, dtype=np.int32).reshape(6, 4) if boxes else None, "/x", "f" * 16)
+            np.arange(24, dtype=np.int32).reshape(6, 4) if whole else None, "/x", "f" * 16,
+            np.array(["7", "", "", "8", "", ""]) if whole else None)
 
+    extractor = mock.Mock(mean_features=lambda features, of: features[:of.max(initial=-1) + 1])
     seeds = []
     path = folder / f"x{suffix}"
-    for boxes in (False, True):
-        features_file.write(path, table(boxes))
+    for whole in (False, True):
+        features_file.write(path, table(whole))
         seeds.append(path.read_bytes())
     if suffix == ".npz":
         compressed = io.BytesIO()
@@ -303,7 +305,7 @@ def _features_file(folder: Path, suffix: str) -> Target:
     def read(data: bytes) -> None:
         path.write_bytes(data)
         with mock.patch.object(calibrate, "check_fingerprint", lambda *_: None):
-            calibrate._labelled_features(path, None)
+            calibrate._labelled_features(path, extractor)
         opened = features_file.read(path)
         for row in range(min(3, len(opened))):
             opened.image(row)
