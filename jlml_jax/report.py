@@ -224,7 +224,7 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
     mesh = parallel.make_mesh()
     config.evaluate.batch_size = -(-config.evaluate.batch_size // mesh.size) * mesh.size  # of whatever devices
     # Which refuses other weights' before the work.
-    verdicts = calibration.load_verdicts(run.workdir, Extractor(run, mesh)).on(tracks=False)
+    verdicts = calibration.load_verdicts(run.workdir, Extractor(run, mesh))
     model = build_model(config, num_identities=0)
     forward = evaluate.make_forward(model, config, mesh)
     features = norm_statistics.features_of(trial, forward, norm_statistics.make_statistics(model, config, mesh),
@@ -243,17 +243,19 @@ def _ranking(run: SavedRun, trial: Trial, results: dict[str, Any] | None, per_gr
              for group, queries in groups.items()
              for q, distances in zip(queries, l2_distances(query[feature][queries], gallery[feature]), strict=True)]
     units = _add_pictures(run, trial, model, lists)
-    # Thresholds are of the extractor's features, which by other statistics are not these.
-    comparable = config.evaluate.norm_statistics == "run" and not run.cameras
-    histogram, thresholds = _histogram(trial, query[feature], gallery[feature],
-                                       verdicts.thresholds if verdicts and comparable else ())
+    other = ""  # than these distances: what the run's thresholds are of
+    if verdicts and verdicts.of_tracks:
+        other = "of tracks, not of images"
+    elif verdicts and (config.evaluate.norm_statistics != "run" or run.cameras):  # the extractor goes by the run's
+        other = "of features by other statistics than those of this page"
+    histogram, thresholds = _histogram(trial, query[feature], gallery[feature], () if other else verdicts.thresholds)
     ranks = np.arange(1, config.evaluate.max_rank + 1)
     page = {
         "feature": feature, "scores": scores[feature], "differs": _difference(run, trial, results, feature, scores),
         "cmc": _figure(
             [Curve(name, ranks, 100 * score.cmc, _COLORS.get(name, _OTHER)) for name, score in scores.items()],
             title="CMC curve", x_label="rank", y_label="queries matched by it (per cent)"),
-        "histogram": histogram, "thresholds": thresholds, "other_thresholds": verdicts and not comparable,
+        "histogram": histogram, "thresholds": thresholds, "other_thresholds": other,
         "by_camera": bool(run.cameras),
         "lists": lists, "counts": {group: len(queries) for group, queries in groups.items()},
         "identities": _options(lists, "identity"), "cameras": _options(lists, "camera"),

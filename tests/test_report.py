@@ -268,7 +268,12 @@ def test_thresholds_are_marked_and_stale_ones_refused(shop, page, tmp_path, refu
     written = report.write_report(tmp_path / "run", queries=5).read_text()
     assert "thresholds are of features by other statistics" in written and "0.7500" not in written
     assert "statistics by camera" not in written
-    content = json.loads((workdir / "calibration.json").read_text()) | {"fingerprint": "0" * 16}
+    shutil.copy(workdir / "config.json", tmp_path / "run")
+    content = json.loads((workdir / "calibration.json").read_text())
+    (tmp_path / "run" / "calibration.json").write_text(json.dumps(content | {"source": {"tracks": 9}}))
+    written = report.write_report(tmp_path / "run", queries=5).read_text()
+    assert "thresholds are of tracks" in written and "0.7500" not in written and "No thresholds yet" not in written
+    content["fingerprint"] = "0" * 16
     (tmp_path / "run" / "calibration.json").write_text(json.dumps(content))
     assert "run python -m jlml_jax.calibrate" in refused_by(report, f"--workdir={tmp_path / 'run'}")
     assert (tmp_path / "run" / "report.html").exists()  # what was there stays
