@@ -114,10 +114,10 @@ def calibrate(workdir: str | Path, *, dataset: str | None = None, features: str 
         labelled, trial = _labelled_test(workdir, dataset, extractor)
         cameras_known, source = trial.cameras_known, {"dataset": trial.dataset}
     if not cameras_known:
-        print("where cameras are not known, all pairs of a person's images count, also those by one camera, which are "
+        print(f"where cameras are not known, all pairs of a person's {what} count, also those by one camera, which are "
               "nearer")
     source |= {what: len(labelled[0]), "identities": len(np.unique(labelled[1][labelled[1] > DISTRACTOR]))}
-    result = calibration.calibrate(calibration.count_pairs(*labelled))
+    result = calibration.calibrate(calibration.count_pairs(*labelled, what))
     path = calibration.save(workdir, result, extractor, source)
     pairs, same = result["pairs"], "the same person" + " from different cameras" * cameras_known
     print(f"{source[what]:,} {what} of {source['identities']:,} people: {pairs['same']:,} pairs of {same}, "

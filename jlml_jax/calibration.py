@@ -36,7 +36,7 @@ class PairCounts:
         return (np.arange(len(self.same), dtype=np.uint32) << _SHIFT).view(np.float32)
 
 
-def count_pairs(features: np.ndarray, identities: np.ndarray, cameras: np.ndarray) -> PairCounts:
+def count_pairs(features: np.ndarray, identities: np.ndarray, cameras: np.ndarray, what: str = "images") -> PairCounts:
     """Counts all pairs of images, block by block.
 
     As in the matching rules, pairs of one person's images from one camera do not count, nor does junk (-1); a
@@ -46,6 +46,7 @@ def count_pairs(features: np.ndarray, identities: np.ndarray, cameras: np.ndarra
         features: float [N, D].
         identities: int [N]; persons are 1 and up.
         cameras: int [N].
+        what: they are, for messages.
 
     Raises:
         UserError: there are no pairs of one of the two kinds.
@@ -69,10 +70,10 @@ def count_pairs(features: np.ndarray, identities: np.ndarray, cameras: np.ndarra
             same += np.bincount(codes[equal], minlength=bins)
             different += np.bincount(codes[other], minlength=bins)
     if not same.any():
-        raise UserError(f"no two of the {len(features):,} images show one person, from different cameras where these "
+        raise UserError(f"no two of the {len(features):,} {what} show one person, from different cameras where these "
                         "are known; give images with identities, of persons seen by more cameras than one")
     if not different.any():
-        raise UserError(f"no two of the {len(features):,} images show different persons; give images of more persons")
+        raise UserError(f"no two of the {len(features):,} {what} show different persons; give images of more persons")
     return PairCounts(same, different)
 
 

@@ -134,17 +134,28 @@ class Extractor:
             features: [N, dim], as this gives them.
             of: which mean each image belongs to, int [K], 0 to M - 1, none of them without images.
             rows: the images' rows of `features`, int [K]; None: all, in order.
+
+        Raises:
+            ValueError: `of` has not a number for each image, or leaves one out.
         """
+        of = np.asarray(of)
+        counts = np.bincount(of)
+        if len(of) != len(features if rows is None else rows) or not counts.all():
+            raise ValueError("of must have a number for each image, from 0 on without a gap, as "
+                             f"np.unique(names, return_inverse=True)[1] has; got {len(of)}, up to {len(counts) - 1}")
         order = np.argsort(of, kind="stable")
-        means = np.zeros((of.max(initial=-1) + 1, self.dim))
+        means = np.zeros((len(counts), self.dim), np.float32)  # of a large gallery it is large: there is no other copy
         for start in range(0, len(order), _MEANS_BLOCK):  # features may be a memory map, larger than the memory
             block = order[start:start + _MEANS_BLOCK]
             numbers, starts = np.unique(of[block], return_index=True)
             means[numbers] += np.add.reduceat(features[block if rows is None else rows[block]], starts,
                                               dtype=np.float64)
-        means /= np.bincount(of)[:, None]
+        means /= counts[:, None]
         branches = np.split(means, np.cumsum(self._dims)[:-1], axis=1)
-        return evaluate.matching_feature(dict(enumerate(branches)), self._normalize)[:].astype(np.float32)
+        normalised = evaluate.matching_feature(dict(enumerate(branches)), self._normalize)
+        for start in range(0, len(means), _MEANS_BLOCK):  # each block in its own place
+            means[start:start + _MEANS_BLOCK] = normalised[start:start + _MEANS_BLOCK]
+        return means
 
     def _resized(self, crop: np.ndarray | Image.Image | str | Path, name: str) -> np.ndarray:
         """uint8 [height, width, 3]."""

@@ -78,10 +78,10 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
     else:
         embedded, features = embed_all(listed, extractor, keep_going=keep_going)
         listed = [loaded.image for loaded in embedded]
-    once = _once(listed)
-    found, features = [listed[row] for row in once], features[once]
-    if len(found) < len(listed):
-        print(f"{len(listed) - len(found):,} images are there twice, and are kept once")
+    once, found = _once(listed), listed
+    if len(once) < len(listed):
+        print(f"{len(listed) - len(once):,} images are there twice, and are kept once")
+        found, features = [listed[row] for row in once], features[once]
     tracks = track_numbers(found)
     means = extractor.mean_features(features, tracks) if with_tracks else features
     groups = grouping.by_size(grouping.group(means, threshold, _apart(found, tracks))[tracks])
@@ -186,7 +186,8 @@ def _write(output: Path, images: Sequence[UserImage], groups: np.ndarray, rows: 
     with_boxes, cameras = any(image.box for image in images), {images[row].camera for row in rows}
     with_camera, with_tracks = "" not in cameras, any(images[row].track for row in rows)
     if not with_camera and len(cameras) > 1:
-        print("some images tell no camera, so that the CSV has none: it would need those of all")
+        print(f"some images tell no camera, so that the CSV has none{', and no tracks' * with_tracks}: it would need "
+              "those of all")
         with_tracks = False  # whose names are unique within a camera
     names = _names_from(output, [images[row] for row in rows])
     # Another grouping's names are others, so that nobody takes its people for these.

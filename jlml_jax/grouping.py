@@ -69,10 +69,9 @@ def check_number(number: int, what: str = "images") -> None:
 
 def typical_first(features: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """All images by group, and within one by the distance from the mean of its features, int64 [N]."""
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    means = np.add.reduceat(features[order], starts, dtype=np.float64) / np.bincount(groups)[:, None]
-    distances = np.linalg.norm(features - means[groups], axis=1)
+    order, distances = np.argsort(groups, kind="stable"), np.empty(len(groups))
+    for rows in np.split(order, np.cumsum(np.bincount(groups))[:-1]):  # of tracks, all images may be a great many
+        distances[rows] = np.linalg.norm(features[rows] - features[rows].mean(axis=0, dtype=np.float64), axis=1)
     return np.lexsort((distances, groups))
 
 

@@ -35,7 +35,8 @@ is searched for.
 
 Where a CSV has a column track, or a file of features was made of such a one, the images of one track of one camera are
 matched by the mean of their features: each track of --query is searched for, and each of --gallery is found once,
-shown by the image in its middle. A gallery folder keeps images, not tracks: give it as --index, beside the CSV.
+shown by the image in its middle. --exclude_query_images leaves out every track that has an image of the query's. A
+gallery folder keeps images, not tracks: give it as --index, beside the CSV.
 
 examples:
   python -m jlml_jax.search --workdir=runs/market1501 --gallery=crops --query=somebody.jpg --picture=found.png
@@ -111,8 +112,10 @@ def _open(gallery: str, index: str | None, picture: str | None, workdir: Path, e
         folder = user_path(index) if index else workdir / "galleries" / extractor.fingerprint / name
         opened, listed = update_gallery(folder, listing.images, extractor, keep_going=keep_going)
         if any(loaded.image.track for loaded in listed):
+            listed.sort(key=lambda loaded: loaded.image.row)  # of a batch, what is new came first
             rows = np.concatenate([opened.rows([loaded.digest]) for loaded in listed])
-            return TrackGallery(opened, [loaded.image for loaded in listed], rows, extractor), None
+            named = [dataclasses.replace(loaded.image, file=str(loaded.image.path.absolute())) for loaded in listed]
+            return TrackGallery(opened, named, rows, extractor), None  # named as a gallery's images are
         rows = opened.rows([loaded.digest for loaded in listed])
     return opened, rows
 
@@ -150,7 +153,8 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
            exclude_query_images: bool = False, same_person: bool = False, rerank: bool = False,
            output: str | None = None, picture: str | None = None, index: str | None = None, keep_going: bool = False,
            clip_boxes: bool = False) -> None:
-    """Prints the `top_k` images of `gallery` that are nearest to each image of `query`; None: adds images only.
+    """Prints the `top_k` images of `gallery` that are nearest to each image of `query`; None: adds images only. Where
+    images are of tracks, it is tracks that are found and searched for.
 
     With `same_person`, all images of `query` are of one person: it is their mean feature that is searched for. With
     `rerank`, the `RERANKED` nearest images of each query are ordered by k-reciprocal re-ranking among them; distances
@@ -172,8 +176,9 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
     queries = []
     if query is not None:  # first of all: adding may take long
         images = _query_images(query, query_camera, exclude_own_camera, clip_boxes)
-        if picture is not None and len(images) > contact_sheet.MOST_ROWS and not same_person:
-            raise UserError(f"--picture shows {contact_sheet.MOST_ROWS} queries at most, not {len(images):,}; give "
+        number = 1 if same_person else track_numbers(images).max() + 1
+        if picture is not None and number > contact_sheet.MOST_ROWS:
+            raise UserError(f"--picture shows {contact_sheet.MOST_ROWS} queries at most, not {number:,}; give "
                             "--output=FILE.csv, or fewer")
         if picture is not None:
             refuse_replacing_images("--picture", picture, [image.path for image in images])
@@ -246,6 +251,11 @@ def _query_images(source: str, camera: str | None, camera_needed: bool, clip_box
     if len(listing.images) > 1:
         for note in listing.notes:
             print(note)
+    of_tracks = sorted({image.camera for image in listing.images if image.track})
+    if camera is not None and len(of_tracks) > 1:  # whose tracks of one name would become one
+        raise UserError(f"--query_camera={printable(camera)} is one camera, and {source} has tracks of "
+                        f"{len(of_tracks)}: {first_few([printable(name) or 'an unknown one' for name in of_tracks])}; "
+                        "leave out --query_camera, or give the tracks of one camera")
     images = [image if camera is None else dataclasses.replace(image, camera=camera) for image in listing.images]
     unknown = [str(image) for image in images if not image.camera]
     if camera_needed and unknown:
@@ -258,7 +268,7 @@ def _embed_queries(images: Sequence[UserImage], extractor: Extractor, same_perso
                    ) -> list[Query]:
     embedded, features = embed_all(images, extractor, keep_going=keep_going)
     of = np.zeros(len(embedded), int) if same_person else track_numbers([loaded.image for loaded in embedded])
-    if of[-1] + 1 < len(of):  # the last is of the last one
+    if of.max() + 1 < len(of):
         features = extractor.mean_features(features, of)
     queries = [Query([], [], feature) for feature in features]
     for number, loaded in zip(of, embedded, strict=True):

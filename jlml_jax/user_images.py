@@ -180,7 +180,10 @@ def _read_csv(path: Path, clip_boxes: bool) -> Listing:
             bad.append(f"line {number}: {error}")
     if bad:
         raise UserError(f"{path} has {len(bad)} bad lines: {first_few(bad, '; ')}; mend or remove them")
-    track_numbers(images)  # which refuses those that cannot be
+    try:
+        track_numbers(images)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return Listing(images, path.parent, tuple(notes))
 
 
@@ -216,7 +219,8 @@ def track_numbers(images: Sequence[UserImage]) -> np.ndarray:
         if image.track:
             before, beside = first.setdefault(key, image), of_frame.setdefault((key, image.path), image)
             if image.identity != before.identity:
-                raise _no_track(before, image, "have two identities")
+                names = [printable(one.identity) or "none" for one in (before, image)]
+                raise _no_track(before, image, f"have two identities, {' and '.join(names)}")
             if image.box != beside.box:
                 raise _no_track(beside, image, "are two boxes of one frame")
     return tracks

@@ -1,6 +1,7 @@
 """Grouping by average linkage: against one written out plainly; frames, order, agreement with known persons."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_typical_images_come_first():
     order = grouping.typical_first(features, np.array([0, 1, 0, 0, 1]))
     assert order.tolist()[:3] == [3, 0, 2] and sorted(order[3:]) == [1, 4]
     assert grouping.typical_first(features, np.array([1, 0, 2, 2, 0])).tolist()[2] == 0
+
+
+def test_the_order_within_groups_takes_the_memory_of_a_group():
+    """For of tracks, the images are many more than what can be grouped."""
+    features, groups = np.ones((20_000, 64), np.float32), np.arange(20_000) // 20
+    tracemalloc.start()
+    grouping.typical_first(features, groups)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < features.nbytes / 2
 
 
 def test_agreement():

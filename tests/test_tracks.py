@@ -3,12 +3,13 @@
 import csv
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jlml_jax import calibrate, compare, extract, extractor, features_file, group, grouping, search
+from jlml_jax import calibrate, compare, contact_sheet, extract, extractor, features_file, group, grouping, search
 from jlml_jax.errors import UserError
 from jlml_jax.user_images import UserImage, list_images, track_numbers
 
@@ -88,6 +89,24 @@ def test_features_that_are_not_normalised_have_plain_means(tiny_extractor, monke
     assert tiny_extractor.mean_features(features[:0], np.empty(0, int)).shape == (0, tiny_extractor.dim)
 
 
+def test_each_mean_has_images(tiny_extractor):
+    features = np.ones((3, tiny_extractor.dim), np.float32)
+    for of in ([0, 2, 2], [0, 0], [7, 7, 7]):
+        with pytest.raises(ValueError, match="a number for each image, from 0 on without a gap"):
+            tiny_extractor.mean_features(features, of)
+    assert tiny_extractor.mean_features(features, [1, 0, 1]).shape == (2, tiny_extractor.dim)
+
+
+def test_means_of_a_large_gallery_lie_in_memory_once(tiny_extractor, monkeypatch):
+    monkeypatch.setattr(extractor, "_MEANS_BLOCK", 100)
+    features, of = np.ones((20_000, tiny_extractor.dim), np.float32), np.arange(20_000)
+    tracemalloc.start()
+    means = tiny_extractor.mean_features(features, of)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert means.dtype == np.float32 and peak < 1.5 * means.nbytes
+
+
 def test_tracks_are_a_camera_s(crops):
     images = list_images(str(crops / "tracks.csv")).images
     numbers = track_numbers(images)
@@ -98,9 +117,9 @@ def test_tracks_are_a_camera_s(crops):
 
 
 @pytest.mark.parametrize(("lines", "message"), [
-    ("a.png,ann,door,7\nb.png,ben,door,7", "track 7 of camera door is not of one person: a.png .line 2. and b.png "
-     ".line 3. have two identities"),
-    ("a.png,ann,,7\nb.png,,,7", "track 7 is not of one person"),
+    ("a.png,ann,door,7\nb.png,ben,door,7", "t.csv: track 7 of camera door is not of one person: a.png .line 2. and "
+     "b.png .line 3. have two identities, ann and ben"),
+    ("a.png,ann,,7\nb.png,,,7", "track 7 is not of one person: .* have two identities, ann and none"),
 ])
 def test_a_track_of_two_people_is_refused(tmp_path, lines, message):
     (tmp_path / "t.csv").write_text("image,identity,camera,track\n" + lines)
@@ -176,6 +195,36 @@ def test_each_track_is_searched_for_by_its_mean(run, crops, tmp_path, tiny_extra
         np.testing.assert_allclose([float(row["distance"]) for row in rows], np.sort(distances), atol=1e-5)
     one_person = run(search, f"--gallery={tracks}", f"--query={tracks}", "--same_person")
     assert sum(line[:4].strip().isdigit() for line in one_person) == len(TRACKS)  # one query, of all images
+
+
+def test_a_track_is_shown_by_its_middle_whichever_images_were_known(run, crops, tmp_path):
+    header, *lines = (crops / "tracks.csv").read_text().splitlines()
+    (crops / "known.csv").write_text("\n".join([header, *(line for line in lines if line[:3] in ("0_0", "0_1"))]))
+    run(search, f"--gallery={crops / 'known.csv'}", f"--index={tmp_path / 'index'}")
+    run(search, f"--gallery={crops / 'tracks.csv'}", f"--query={crops / '0_0.png'}", f"--index={tmp_path / 'index'}",
+        f"--output={tmp_path / 'found.csv'}")
+    by_track = {(row["camera"], row["track"]): row["image"] for row in rows_of(tmp_path / "found.csv")}
+    assert by_track["door", "1"] == str(crops / "0_1.png")
+
+
+def test_tracks_of_several_cameras_do_not_become_one_camera_s(run, refused_by, tiny_run, crops, tmp_path):
+    """door's track 1 and till's would be one."""
+    arguments = [f"--gallery={crops / 'tracks.csv'}", f"--index={tmp_path / 'index'}", "--query_camera=yard"]
+    error = refused_by(search, f"--workdir={tiny_run}", f"--query={crops / 'tracks.csv'}", *arguments)
+    assert "has tracks of 2: door, till; leave out --query_camera" in error
+    header, *lines = (crops / "tracks.csv").read_text().splitlines()
+    (crops / "door.csv").write_text("\n".join([header, *(line for line in lines if ",door," in line)]))
+    lines = run(search, f"--query={crops / 'door.csv'}", *arguments)
+    assert sum(line.startswith("query ") for line in lines) == 2
+
+
+def test_a_picture_has_a_row_for_each_track(run, refused_by, tiny_run, crops, tmp_path, monkeypatch):
+    monkeypatch.setattr(contact_sheet, "MOST_ROWS", 6)  # queries; they have 13 images
+    arguments = [f"--gallery={crops / 'tracks.csv'}", f"--query={crops / 'tracks.csv'}",
+                 f"--picture={tmp_path / 'found.png'}", f"--index={tmp_path / 'index'}"]
+    run(search, *arguments)
+    monkeypatch.setattr(contact_sheet, "MOST_ROWS", 5)
+    assert "shows 5 queries at most, not 6" in refused_by(search, f"--workdir={tiny_run}", *arguments)
 
 
 def test_a_lasting_gallery_keeps_images_not_tracks(run, crops, tmp_path):
@@ -255,7 +304,7 @@ def test_tracks_without_all_cameras_are_not_written(run, crops, threshold, tmp_p
     (crops / "some.csv").write_text(text)
     lines = run(group, f"--images={crops / 'some.csv'}", f"--output={tmp_path / 'people.csv'}",
                 f"--threshold={threshold}")
-    assert any("some images tell no camera" in line for line in lines)
+    assert any("some images tell no camera, so that the CSV has none, and no tracks" in line for line in lines)
     assert set(rows_of(tmp_path / "people.csv")[0]) == {"image", "identity", "split"}
 
 
@@ -280,14 +329,18 @@ def calibrated(run, tiny_run, crops, tmp_path):
     return workdir, calibrate_on
 
 
-def test_pairs_of_tracks_are_counted(calibrated):
-    _, calibrate_on = calibrated
+def test_pairs_of_tracks_are_counted(calibrated, run, refused_by, crops, tmp_path):
+    workdir, calibrate_on = calibrated
     lines, content = calibrate_on("tracks")
     # ann is seen by both cameras once each; bob by door once and by till twice.
     assert "6 tracks of 3 people: 3 pairs of the same person from different cameras, 11 of different people" in lines
     assert content["source"] == {"features": "tracks.npz", "tracks": 6, "identities": 3}
     lines, content = calibrate_on("images")
     assert content["source"] == {"features": "images.npz", "images": 13, "identities": 3}
+    (crops / "one.csv").write_text("image,identity,camera,track\n0_0.png,ann,door,1\n0_1.png,ann,door,1")
+    run(extract, f"--images={crops / 'one.csv'}", f"--output={tmp_path / 'one.npz'}")
+    assert "no two of the 1 tracks show one person" in refused_by(calibrate, f"--workdir={workdir}",
+                                                                  f"--features={tmp_path / 'one.npz'}")
 
 
 def test_verdicts_are_for_what_they_were_measured_on(calibrated, run, crops):
