@@ -121,6 +121,7 @@ def _own_rows(run: Run, variables: dict[str, Any]) -> list[dict[str, Any]]:
         query, gallery = (evaluate.matching_feature(features(split), config.normalize)
                           for split in (trial.query, trial.gallery))
         pictures.ranked_lists(trial, query, gallery, run.workdir / "ranked.png")
+        print(f"ranked lists of a few queries in {run.workdir / 'ranked.png'}", flush=True)
     return rows
 
 

@@ -1,8 +1,10 @@
 """Trains and evaluates: python -m jlml_jax.main [--config=configs/X.py] [--workdir=DIR] [--mode=M] [--config.k=v]
 
+configs/default.py has every field k. The same command continues a run that was stopped.
+
 Examples:
   python -m jlml_jax.main                                       people drawn from a seed: no data, minutes on a CPU
-  python -m jlml_jax.main --config=configs/market1501.py --config.train.batch_size=64
+  python -m jlml_jax.main --config=configs/market1501.py --config.train.batch_size=64 --config.optim.learning_rate=0.02
   python -m jlml_jax.main --config=configs/market1501.py --mode=evaluate
   srun python -m jlml_jax.main --config=configs/market1501.py   many hosts: the same command on each; on Kubernetes and
                                                                 Cloud TPU likewise, elsewhere with the three flags
@@ -65,7 +67,7 @@ def _command() -> None:
 
 
 def main() -> int:
-    if "--help" in sys.argv:
+    if {"-h", "--help"} & {*sys.argv}:
         print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
         return 0
     return parallel.exit_status(_command)

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jlml_jax import datasets
@@ -197,8 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="for folder/NAME, cut boxes that cross the edge of their frame to it, instead of refusing "
                              "them")
     options = parser.parse_args(arguments)
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
     return exit_status(lambda: prepare(options.dataset, options.source, options.data_dir,
                                        overwrite=options.overwrite, incomplete=options.incomplete,
                                        clip_boxes=options.clip_boxes))

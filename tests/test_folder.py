@@ -111,6 +111,11 @@ def test_the_name_in_messages(refused, capsys, tmp_path):
     assert "folder/shop --source=people.csv" in capsys.readouterr().out
     with pytest.raises(prepare.UserError, match=r"folder/shop is not prepared .*prepare folder/shop --source="):
         datasets.load("folder/shop", ("train",), tmp_path)
+    for name in ("mall", "station"):
+        (tmp_path / "folder" / name / "1.0.0").mkdir(parents=True)
+        (tmp_path / "folder" / name / "1.0.0" / "dataset_info.json").touch()
+    with pytest.raises(prepare.UserError, match=r"not prepared .*\. There are folder/mall, folder/station: give one"):
+        datasets.load("folder/shop", ("train",), tmp_path)
 
 
 def test_a_builder_is_made_of_tfds_configurations_too(tmp_path):
@@ -189,8 +194,9 @@ def test_files_that_are_no_csv(shop, refusal):
         (" \n,,\n", "is empty"),
         (HEADER + "\n", "lists no images"),
         ("a.png,1,1\n", "has no column image and no column identity: its first line is 'a.png,1,1', but must name"),
+        ('"image,identity,camera"\n"a.png,1,1"\n', """its first line is '"image,identity,camera"', but must name """),
         ("image;identity;camera\na;1;1\n", "its first line is 'image;identity;camera', but must name image, identity, "
-                                           "with commas between them"),
+                                           "each a cell, with commas between them"),
         ("image,id,camera\na,1,1\n", "has no column identity: its"),
         ("image,identity,camera,image\na,1,1,b\n", "has two columns image"),
         ('image,identity,camera\n"a.png,1,1\nb.png,1,1\n', "people.csv, line 3: unexpected end of data; mend the quot"),
@@ -242,7 +248,7 @@ def test_paths_that_lead_out(write, refusal, shop):
     error = refusal(write("../a.png,1,1,train", "b.png,1,1,train", f"{shop / 'b.png'},1,1,train",
                           "in/../../a.png,2,1,train", images=False))
     assert "3 images do not lie within its folder: ../a.png (line 2) leaves the folder of the CSV" in error
-    assert f"{shop / 'b.png'} (line 4) leaves the folder of the CSV, in/../../a.png (line 5) leaves" in error
+    assert f"{shop / 'b.png'} (line 4) is an absolute path, and must start from the folder of the CSV, in/" in error
 
 
 def test_a_path_that_comes_back_into_the_folder(write, refusal, shop):
@@ -713,7 +719,8 @@ def test_wrong_folders(shop, refusal):
     fill(shop, "1_c1.png", "1.png", "c1_x.png", "-2_c1.png", "1_cx.PNG")
     error = refusal(shop)
     assert "4 image names in" in error
-    assert "are not like 0002_c1s1_000451_03.jpg: ./-2_c1.png, ./1.png, ./1_cx.PNG, ...;" in error
+    assert "are not like 0002_c1s1_000451_03.jpg: ./-2_c1.png, ./1.png, ./1_cx.PNG, ...; " in error
+    assert "remove or rename them, or list the images in a CSV" in error
     fill(shop / "train", "1_c1.png")
     (shop / "bounding_box_train").mkdir()
     assert "has both train and bounding_box_train; remove or rename one" in refusal(shop)

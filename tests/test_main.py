@@ -37,7 +37,7 @@ def run_main(*arguments, folder):
     (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is an address, not a folder: give one on a file system"),
     (["--config.data.data_dir=gs://bucket/data"], "data_dir=gs://bucket/data is an address, not a folder"),
     ([f"--config={ROOT / 'configs' / 'cuhk03.py'}", "--config.data.data_dir=nowhere"],
-     "cuhk03/labeled is not prepared in nowhere. Get cuhk03_release.zip from the authors (see the homepage),"),
+     "nowhere. Get cuhk03_release.zip from the authors (https://www.ee.cuhk.edu.hk/~xgwang/CUHK_identification.html),"),
 ])
 def test_what_the_user_can_mend_is_told_in_one_line(tmp_path, arguments, message):
     done = run_main(*arguments, folder=tmp_path)
@@ -60,8 +60,9 @@ def test_every_config_is_a_delta_over_the_default():
     assert pre_training == (paper[0] | {"decay_every": 100_000}, paper[1], paper[2] | {"steps": 300_000})
 
 
-def test_help_shows_how_to_call_it(tmp_path):
-    done = run_main("--help", folder=tmp_path)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_shows_how_to_call_it(tmp_path, option):
+    done = run_main(option, folder=tmp_path)
     assert done.returncode == 0
     assert "python -m jlml_jax.main" in done.stdout and "--workdir" in done.stdout
 
@@ -75,6 +76,8 @@ def test_the_config_of_the_synthetic_job_in_miniature(tmp_path):
         "--config.model.stem_features=4", "--config.model.global_widths=(4,4,4,4)",
         "--config.model.local_widths=(4,4,4,4)", folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "Generating" not in done.stderr  # TFDS's bars, which are for a terminal
+    assert "ranked lists of a few queries in run/ranked.png" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = {row["feature"]: row for row in results["rows"]}
     assert set(rows) == {"chance", "colour histogram", "untrained network", "global", "local", "joint"}

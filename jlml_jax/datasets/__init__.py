@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from absl import logging
 from google.protobuf import json_format
 
 from jlml_jax.datasets.base import DISTRACTOR, PersonDatasetBuilder, Split
-from jlml_jax.errors import UserError, storage_errors_told
+from jlml_jax.errors import UserError, first_few, storage_errors_told
 from jlml_jax.files import refuse_address
 
 # Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
@@ -127,10 +128,14 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     dataset = builder(name, data_dir)
     if not dataset.is_prepared():
         if not dataset.DRAWN:
-            fetch = " ".join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
-            raise UserError(f"{name} is not prepared in {dataset.data_dir_root}. {fetch} Then run "
-                            f"python -m jlml_jax.prepare {name} --source=ORIGINAL_FILES "
-                            f"--data_dir={dataset.data_dir_root}")
+            root = Path(dataset.data_dir_root)
+            fetch, source = f"{' '.join(dataset.MANUAL_DOWNLOAD_INSTRUCTIONS.split())} Then", "ORIGINAL_FILES"
+            if name.startswith("folder/"):  # whose name may be a wrong one
+                others = [f"folder/{path.parts[-3]}" for path in sorted(root.glob("folder/*/*/dataset_info.json"))]
+                fetch = f"There are {first_few(others)}: give one of these, or" if others else "First"
+                source = "CSV_OR_FOLDER"
+            raise UserError(f"{name} is not prepared in {root}. {fetch} run python -m jlml_jax.prepare {name} "
+                            f"--source={source} --data_dir={root}")
         with storage_errors_told(dataset.data_path), dataset.alone():
             dataset = builder(name, data_dir)  # which another process may have drawn meanwhile
             if not dataset.is_prepared():

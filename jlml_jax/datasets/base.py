@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,6 +52,8 @@ class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True
         TFDS writes into a folder `incomplete.*` and renames it at the end. What lay there before comes back if that end
         is not reached; a process that is killed leaves it beside, in a folder `replaced.*`.
         """
+        if not sys.stderr.isatty():  # in a log every step of a bar would be a line
+            tfds.disable_progress_bar()
         with (self._set_aside(), tempfile.TemporaryDirectory() as download_dir,
               contextlib.redirect_stdout(io.StringIO())):
             self.download_and_prepare(
@@ -275,11 +278,12 @@ _KNOWN_STRAYS = {"Thumbs.db"}  # the archives themselves have them
 
 
 def parse_names(root: Path, folders: Sequence[str], pattern: re.Pattern, suffixes: set[str], example: str,
-                ) -> tuple[dict[str, list[tuple[Path, re.Match]]], list[str]]:
+                remedy: str = "remove or rename them") -> tuple[dict[str, list[tuple[Path, re.Match]]], list[str]]:
     """Lists the images in `folders` of `root`, sorted, with the matches of their names; and files that do not belong.
 
     Raises:
-        UserError: files with one of `suffixes` (in lower case) whose names are not `pattern`, such as `example`.
+        UserError: files with one of `suffixes` (in lower case) whose names are not `pattern`, such as `example`; it
+            ends with what to do, `remedy`.
     """
     images, strays, unparsable = {}, [], []
     for folder in folders:
@@ -295,7 +299,7 @@ def parse_names(root: Path, folders: Sequence[str], pattern: re.Pattern, suffixe
                 strays.append(f"{folder}/{path.name}")
     if unparsable:
         raise UserError(f"{len(unparsable)} image names in {root} are not like {example}: {first_few(unparsable)}; "
-                        "remove or rename them")
+                        f"{remedy}")
     return images, strays
 
 

@@ -64,7 +64,7 @@ class Cuhk03(BenchmarkBuilder):
   year={2014}
 }"""
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"Get cuhk03_release.zip from the authors (see the homepage), unpack it, and give the unpacked folder, with "
+        f"Get cuhk03_release.zip from the authors ({HOMEPAGE}), unpack it, and give the unpacked folder, with "
         f"{FILE} in it. For the 767/700 protocol, put {NEW_PROTOCOL.format(config='labeled')} and "
         f"{NEW_PROTOCOL.format(config='detected')} beside that file."
     )

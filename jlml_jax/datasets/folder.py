@@ -240,8 +240,9 @@ def read_table(path: Path, needed: Sequence[str], known: Sequence[str] = ()
         raise UserError(f"{path} is empty; its first line must name the columns {', '.join(needed)}")
     (_, header), *lines = lines
     if missing := [column for column in needed if column not in header]:
+        first = ",".join(f'"{cell}"' if "," in cell else cell for cell in header)  # all in one cell, as Excel quotes it
         raise UserError(f"{path} has no column {' and no column '.join(missing)}: its first line is "
-                        f"{','.join(header)[:80]!r}, but must name {', '.join(needed)}, with commas between them")
+                        f"{first[:80]!r}, but must name {', '.join(needed)}, each a cell, with commas between them")
     if "x" in header or "y" in header:  # width and height alone are an image's
         known = (*known, *BOX_COLUMNS)
         if missing := [column for column in BOX_COLUMNS if column not in header]:
@@ -262,11 +263,13 @@ def path_within(root: str, file: str) -> str:
     """The path `file`, relative to the folder `root` (as os.path.realpath has it), without `.` and `..`.
 
     Raises:
-        ValueError: it leads out of the folder; the message says how.
+        ValueError: it is absolute or leads out of the folder; the message says which.
     """
     normal = os.path.normpath(file)
+    if os.path.isabs(file):
+        raise ValueError("is an absolute path, and must start from the folder of the CSV")
     # The text first: what lies outside is not even looked at.
-    if os.path.isabs(file) or normal == os.pardir or normal.startswith(os.pardir + os.sep):
+    if normal == os.pardir or normal.startswith(os.pardir + os.sep):
         raise ValueError("leaves the folder of the CSV")
     if not Path(os.path.realpath(os.path.join(root, normal))).is_relative_to(root):
         raise ValueError("leaves the folder of the CSV by a symbolic link")
@@ -284,7 +287,8 @@ def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
             names.append(path_within(root, image))
         except ValueError as error:
             outside.append(f"{printable(image)} (line {line}) {error}")
-    _refuse(path, outside, "images do not lie within its folder", "put the CSV into the folder in which they lie")
+    _refuse(path, outside, "images do not lie within its folder", "put the CSV into the folder in which they lie, "
+            "and give paths from there")
     _refuse(path, [image for (_, image), name in zip(images, names, strict=True)
                    if not os.path.isfile(path.parent / name)],
             f"images are not in {path.parent}", "paths start from the CSV's folder, with / between folders")
@@ -308,7 +312,8 @@ def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
     for names in FOLDERS.values():
         if len(both := [name for name in names if name in folders]) > 1:
             raise UserError(f"{root} has both {' and '.join(both)}; remove or rename one")
-    images, unexpected = parse_names(root, list(folders) or ["."], NAME, SUFFIXES, _EXAMPLE)
+    images, unexpected = parse_names(root, list(folders) or ["."], NAME, SUFFIXES, _EXAMPLE,
+                                     "remove or rename them, or list the images in a CSV")
     _refuse(root, [ascii(path.name) for matches in images.values() for path, _ in matches if not is_unicode(path.name)],
             "names are not valid UTF-8", "rename them")
     if folders:

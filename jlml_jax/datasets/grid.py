@@ -40,7 +40,7 @@ class Grid(BenchmarkBuilder):
   year={2009}
 }"""
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Get underground_reid.zip from the authors (see the homepage), unpack it, and give the unpacked folder, with "
+        f"Get underground_reid.zip from the authors ({HOMEPAGE}), unpack it, and give the unpacked folder, with "
         f"probe, gallery and {PARTITIONS} in it."
     )
     EXPECTED = {

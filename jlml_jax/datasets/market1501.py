@@ -32,7 +32,7 @@ class Market1501(BenchmarkBuilder):
   year={2015}
 }"""
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"Get {ROOT}.zip from the authors (see the homepage), unpack it, and give the unpacked folder, with "
+        f"Get {ROOT}.zip from the authors ({HOMEPAGE}), unpack it, and give the unpacked folder, with "
         f"{', '.join(FOLDERS.values())} in it."
     )
     EXPECTED = {

@@ -51,7 +51,7 @@ class Msmt17(BenchmarkBuilder):
   year={2018}
 }"""
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Ask the authors for MSMT17_V1 or MSMT17_V2 (see the homepage), unpack it, and give the unpacked folder, with "
+        f"Ask the authors for MSMT17_V1 or MSMT17_V2 ({HOMEPAGE}), unpack it, and give the unpacked folder, with "
         f"{' and '.join(VERSIONS['MSMT17_V1'])} or {' and '.join(VERSIONS['MSMT17_V2'])} and the four lists, "
         "list_train.txt to list_gallery.txt, in it."
     )

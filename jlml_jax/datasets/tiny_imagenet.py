@@ -39,8 +39,7 @@ class TinyImagenet(BenchmarkBuilder):
   year={2015}
 }"""
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"Get {ROOT}.zip from its homepage, unpack it, and give the unpacked folder, with train, val and {CLASSES} in "
-        "it."
+        f"Get {HOMEPAGE}, unpack it, and give the unpacked folder, with train, val and {CLASSES} in it."
     )
     EXPECTED = {
         "train": {"images": 100_000, "identities": 200, "cameras": 1},

@@ -37,8 +37,8 @@ class Viper(BenchmarkBuilder):
   year={2007}
 }"""
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Get VIPeR.v1.0.zip from the authors (see the homepage), unpack it, and give the unpacked folder, with cam_a "
-        "and cam_b in it."
+        f"Get VIPeR.v1.0.zip from the authors ({HOMEPAGE}), unpack it, and give the unpacked folder, with cam_a and "
+        "cam_b in it."
     )
     EXPECTED = {
         "cam_a": {"images": 632, "identities": 632, "cameras": 1},
