@@ -191,7 +191,8 @@ def load_verdicts(workdir: Path, extractor: Extractor) -> Verdicts:
     `load` raises it."""
     content = load(workdir, extractor)
     if content is None:
-        return Verdicts((), f"run python -m jlml_jax.calibrate --workdir={workdir} first")
+        return Verdicts((), f"run python -m jlml_jax.calibrate --workdir={workdir} first, with --features of labelled "
+                        "images of yours if the run's data set is not at hand")
     return Verdicts(_thresholds(content), "the run was calibrated on too few pairs of different people; run python -m "
                     f"jlml_jax.calibrate --workdir={workdir} on more images", _of_tracks(content))
 

@@ -19,8 +19,13 @@ MOST_ROWS = 100  # a JPEG has room for three times as many
 def check(path: Path) -> None:
     """A UserError if a picture cannot be written to `path`: told before the work, not after."""
     check_output(path, "--picture")
-    if Image.registered_extensions().get(path.suffix.lower()) not in _FORMATS:
+    if not is_picture(path):
         raise UserError(f"--picture={path} has no suffix of a format of pictures; give one such as found.png")
+
+
+def is_picture(path: Path) -> bool:
+    """Whether `path` ends as the name of a picture does."""
+    return Image.registered_extensions().get(path.suffix.lower()) in _FORMATS
 
 
 def draw(path: Path, rows: Sequence[Sequence[tuple[UserImage, str]]]) -> None:

@@ -171,6 +171,8 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
     if picture is not None:
         contact_sheet.check(user_path(picture))
     refuse_replacing({"--gallery": gallery, "--query": query, "--output": output, "--picture": picture})
+    if output is not None and contact_sheet.is_picture(Path(output)):
+        raise UserError(f"--output={output} would be a CSV; give it a name that ends in .csv, or --picture={output}")
     extractor = load_extractor(folder)
     calibrated = calibration.load_verdicts(folder, extractor)
     queries = []

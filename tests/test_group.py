@@ -129,7 +129,8 @@ def test_a_file_of_features_gives_the_same(run, run_command, tiny_run, crops, th
 
 def test_the_threshold_is_that_of_the_calibration(run, run_command, refusal, tiny_run, crops, tmp_path):
     output = f"--output={tmp_path / 'people.csv'}"
-    assert "calibrate --workdir=" in refusal(f"--images={crops}", output)
+    told = refusal(f"--images={crops}", output)
+    assert "calibrate --workdir=" in told and "with --features of labelled images of yours if" in told
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     assert run_command(calibrate, f"--workdir={workdir}")[0] == 0
     told = run(f"--images={crops}", output, "--false_accept_rate=0.01", workdir=workdir)[0]

@@ -312,6 +312,7 @@ def test_the_picture_shows_the_query_and_what_was_found(run, crops, tmp_path, mo
     (["--gallery=CROPS", "--query=QUERY", "--picture=CROPS/0007_c2s1_000007_00.png"], "is one of the images"),
     (["--gallery=nowhere", "--query=CROPS", "--picture=CROPS/0007_c2s1_000007_00.png"], "is one of the images"),
     (["--gallery=CROPS", "--query=QUERY", "--output=f.png", "--picture=./f.png"], "--output and --picture are"),
+    (["--gallery=CROPS", "--query=QUERY", "--output=found.JPG"], "would be a CSV; give it a name that ends in .csv"),
     (["--gallery=CROPS", "--query=QUERY", "--picture=found.xbm"], "has no suffix of a format"),
     (["--gallery=CROPS", "--query=QUERY", "--top_k=0"], "--top_k=0 must be at least 1"),
     (["--gallery=CROPS", "--index=CROPS"], "has files in it but is no gallery"),
