@@ -51,6 +51,7 @@ from jlml_jax.checkpoints import (
     trial_folders,
 )
 from jlml_jax.command import Command, Run
+from jlml_jax.config_fields import refuse_unknown_fields
 from jlml_jax.config_ranges import check_ranges
 from jlml_jax.datasets.base import Split
 from jlml_jax.errors import UserError, storage_errors_told
@@ -166,6 +167,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
 
 def _check_config(config: ml_collections.ConfigDict, mesh: Mesh, mode: str) -> None:
     """Refuses fields that no run can have, whatever its data."""
+    refuse_unknown_fields(config)
     check_ranges(config)
     if config.keep_identity_layers and not config.init_from:
         raise UserError("keep_identity_layers=True needs a run to take them from: give init_from, too")

@@ -1,9 +1,11 @@
-"""Unknown fields on the command line, and what is known near them."""
+"""Unknown fields, on the command line and in a config, and what is known near them."""
 
 import pytest
 
-from jlml_jax.config_fields import refuse_unknown_field
+from configs import default
+from jlml_jax.config_fields import refuse_unknown_field, refuse_unknown_fields
 from jlml_jax.errors import UserError
+from jlml_jax.train import train_and_evaluate
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -29,3 +31,12 @@ def test_a_field_of_thousands_of_letters_is_told_shortly():
 def test_known_fields_and_other_flags_are_not_refused():
     refuse_unknown_field(["--config=configs/viper.py", "--config.train.steps=3", "--config.data.mean[0]=1",
                           "--config.data", "--noconfig.augment.flip", "--workdir=config.x", "config.x"])
+
+
+def test_a_field_that_a_config_sets_and_none_has_is_refused(tiny_config, tmp_path):
+    """As in a config file of the user's own: nothing reads it, and the run would be another than they mean."""
+    refuse_unknown_fields(default.get_config())
+    tiny_config.optim.weight_decy = 0.1
+    with pytest.raises(UserError, match="^there is no config field optim.weight_decy; near it: optim.weight_decay"):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
