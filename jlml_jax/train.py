@@ -135,7 +135,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     # A data set that is drawn here is drawn once.
     protocol = parallel.first_then_others(lambda: protocols.load(config.data.name, config.data))
     other_tests = parallel.first_then_others(lambda: [
-        add_distractors(protocols.tests(name, config.data)) for name in config.evaluate.datasets.split(",") if name])
+        add_distractors(protocols.tests(name, config.data))
+        for name in dict.fromkeys(config.evaluate.datasets.split(",")) if name])  # once, or means would count it twice
 
     command = Command(mode, mesh, optim.make_optimizer(config.optim, config.train.steps), other_tests, source)
 

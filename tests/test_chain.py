@@ -376,7 +376,8 @@ def test_a_batch_of_groups_is_measured_by_the_groups_images(link, tmp_path, pret
 
 
 def test_the_results_of_trials_on_other_data_are_collected(link, tmp_path, capsys):
-    config = link("viper", **{"data.trials": "0-1", "evaluate.datasets": "grid,market1501"})
+    # A data set that is named twice is tested once.
+    config = link("viper", **{"data.trials": "0-1", "evaluate.datasets": "grid,market1501,grid"})
     rows = train_and_evaluate(config, tmp_path / "run")
     others = [row for row in rows if row.get("trained_on") == "viper" and row["feature"] == "joint"]
     alone = [row for row in others if row["trained_trial"] != "mean"]
