@@ -54,8 +54,9 @@ def _command() -> None:
         config = _CONFIG.value
         workdir = _WORKDIR.value or f"runs/{config.name}"
         config.to_json()  # which a run's folder needs: a tuple may hold anything that Python writes, such as 1j
-    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError,
-            RecursionError) as error:  # RecursionError: absl looks for a flag like one of thousands of letters
+    # A config file of the user's own may have any slip; absl looks for a flag like one of thousands of letters.
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError, NameError,
+            SyntaxError, RecursionError) as error:
         if isinstance(error, LookupError | AttributeError):
             refuse_unknown_field(arguments)
         raise UserError(f"{error}; see --help, and configs/default.py for every field") from error

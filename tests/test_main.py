@@ -47,6 +47,20 @@ def test_what_the_user_can_mend_is_told_in_one_line(tmp_path, arguments, message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("line", "message"), [
+    ("config = default.get_config(", "'(' was never closed (mine.py, line 3)"),
+    ("config = defalt.get_config()", "name 'defalt' is not defined"),
+    ("config = default.get_config(); config.train.stps = 3", "no config field train.stps; near it: train.steps"),
+])
+def test_a_slip_in_a_config_of_ones_own_is_told_in_one_line(tmp_path, line, message):
+    (tmp_path / "mine.py").write_text(f"from configs import default\ndef get_config():\n {line}\n return config\n")
+    done = run_main("--config=mine.py", "--workdir=run", folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_config_is_a_delta_over_the_default():
     fields = set(default.get_config().to_dict())
     recipes = {}
