@@ -141,6 +141,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
     command = Command(mode, mesh, optim.make_optimizer(config.optim, config.train.steps), other_tests, source)
 
     def check_runs():
+        _refuse_folder_of_others(workdir, config.data.name, protocol.num_trials)
         runs = []
         numbers = protocol.numbers(config.data.trials)
         for number, trial in zip(numbers, add_distractors(map(protocol.trial, numbers)), strict=True):
@@ -164,6 +165,18 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path,
         if protocol.num_trials > 1 and mode != "train":
             rows = collect_trials(workdir, config.evaluate, source)
     return rows
+
+
+def _refuse_folder_of_others(workdir: Path, dataset: str, num_trials: int) -> None:
+    """A UserError if `workdir` is one trial's and the run has several, or is that of several and the run has one.
+
+    A trial's run would get those of trials in its folder, and the results of these in the place of its own.
+    """
+    if num_trials > 1 and latest_step(workdir) is not None:
+        raise UserError(f"{workdir} is the folder of one run, and {dataset} has {num_trials} trials, each in a folder "
+                        f"of its own in --workdir; give another, such as {workdir.parent} for a trial that is there")
+    if num_trials == 1 and latest_step(workdir) is None and trial_folders(workdir):
+        raise UserError(f"{workdir} is the folder of several trials, and {dataset} has one; give another --workdir")
 
 
 def _check_config(config: ml_collections.ConfigDict, mesh: Mesh, mode: str) -> None:

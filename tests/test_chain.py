@@ -13,7 +13,7 @@ from tiny_imagenet_miniature import write_tiny_imagenet
 
 from experiments import accuracy
 from experiments.tables import figures, plan
-from jlml_jax import calibrate, datasets, evaluate, models, optim, parallel, protocols, report, train_step
+from jlml_jax import calibrate, datasets, evaluate, models, optim, parallel, protocols, report, train, train_step
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import Grid
@@ -299,6 +299,20 @@ def test_trials_are_added_and_resumed_one_by_one(link, tmp_path, capsys):
         train_and_evaluate(config, tmp_path / "run")
     with pytest.raises(UserError, match="holds several trials; give one of them"):
         load_run(tmp_path / "run")
+
+
+def test_the_folder_of_a_trial_is_not_that_of_several(link, tmp_path):
+    train_and_evaluate(link("viper"), tmp_path / "run")
+    trial = tmp_path / "run" / "trial-00"
+    before = {path.name: path.read_bytes() for path in trial.iterdir() if path.is_file()}
+    for mode in train.MODES:
+        with pytest.raises(UserError, match=f"{trial} is the folder of one run, and viper has 10 trials, each in a "
+                                            f"folder of its own in --workdir; give another, such as {trial.parent} "):
+            train_and_evaluate(link("viper"), trial, mode)
+        with pytest.raises(UserError, match="run is the folder of several trials, and market1501 has one; give anoth"):
+            train_and_evaluate(link("market1501"), tmp_path / "run", mode)
+    assert before == {path.name: path.read_bytes() for path in trial.iterdir() if path.is_file()}
+    assert load_run(trial).step == 2
 
 
 def test_means_are_of_trials_evaluated_alike(link, tmp_path, capsys):
