@@ -77,7 +77,8 @@ def get_config() -> ConfigDict:
     train.steps = 50_000
     train.batch_size = 32  # over all devices of all hosts, whose number changes neither it nor the learning rate
     # 0: an epoch has every image once, in random order. Else batches are of so many images a person, the persons in
-    # random order; one's last images in an epoch are filled up with others of theirs.
+    # random order; one's last images in an epoch are filled up with others of theirs. What does not fill a last batch
+    # is left out of that epoch.
     train.images_per_identity = 0
     # Gradient accumulation: the number of micro-batches that a batch is computed in, where it does not fit in memory.
     # BN normalises each by its own statistics and updates the running ones with each: a smaller batch's BN.
@@ -101,11 +102,11 @@ def get_config() -> ConfigDict:
     evaluate.every = 0
     evaluate.normalize = "none"  # none, joint, per_branch: L2 normalisation of the matching feature
     # What BN normalises test images by: run: its running statistics of training; data: those of the tested data set's
-    # training images, without their labels; camera: those of each camera's.
+    # training images, without their labels; camera: those of each camera's. Of 1,024 of them at random, at most.
     evaluate.norm_statistics = "run"
     evaluate.flip_average = False  # features are the mean of the image's and its mirror image's
     evaluate.batch_size = 128  # global
-    evaluate.max_rank = 50
+    evaluate.max_rank = 50  # to which the report draws the CMC curve; results.json has ranks 1, 5, 10 and 20
     evaluate.datasets = ""  # data sets to be evaluated on besides data.name, in all their trials: viper,grid
     evaluate.extra_gallery = ""  # a data set all of whose images join every gallery as distractors: folder/distractors
     evaluate.multi_query = "mean"  # Market-1501's, in rows of their own; pooled by mean or max; empty: none
