@@ -300,8 +300,9 @@ def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Col
         encoded = images[0].path.read_bytes()
     except OSError as error:
         # A file of a CSV, or in a folder, is not named from where the command runs.
-        told = error.strerror + (f": {printable(path)}" if (path := str(images[0].path)) != images[0].file else "")
-        return [LoadedImage(image, error=f"{image} cannot be read ({told})") for image in images]
+        path = str(images[0].path)
+        where = f": {printable(path)}" if path != images[0].file else ""
+        return [LoadedImage(image, error=f"{image} cannot be read ({error.strerror}{where})") for image in images]
     digest = hashlib.sha256(encoded)
     size = upright_size(io.BytesIO(encoded)) if any(image.clip and image.box for image in images) else None
     frame, loaded = None, []
