@@ -5,7 +5,6 @@ experiments/results/accuracy/RUN.json, without the paths of this machine, and wr
 from all that lie there. Without RUN the page alone is written again.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 from experiments.tables import published
 from experiments.tables.plan import BENCHMARKS, training_seconds, without_paths
 from experiments.tables.report import markdown_table
+from jlml_jax.arguments import Parser
 from jlml_jax.checkpoints import CONFIG, latest_step, read_results, with_defaults
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.files import write_atomically
@@ -147,8 +147,7 @@ def _recipe(record: dict[str, Any]) -> str:
 
 
 def _command(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.accuracy", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiments.accuracy", __doc__)
     parser.add_argument("run", nargs="*", type=Path, help="the folder of a run")
     records = list(map(make_record, parser.parse_args(argv).run))
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ is to read them all once, which that does and hardly more. Peak memory is the pr
 the memory-mapped features count.
 """
 
-import argparse
 import json
 import resource
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jlml_jax import provenance
+from jlml_jax.arguments import Parser
 from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
 from jlml_jax.user_images import LoadedImage, UserImage
 
@@ -71,7 +71,7 @@ def bench(folder: Path, repeats: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiments.bench_search", __doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=1024)

@@ -7,7 +7,6 @@ of identity -1, ignored for every query, are in none. What ours takes them for i
 by made-up distances.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from configs import default
 from jlml_jax import metrics, protocols
+from jlml_jax.arguments import Parser
 from jlml_jax.datasets.base import JUNK, Split, unpacked_root
 from jlml_jax.datasets.market1501 import ROOT
 from jlml_jax.datasets.matlab import integers, read_mat
@@ -136,7 +136,7 @@ def check(source: Path, data_dir: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiments.check_market1501", __doc__)
     parser.add_argument("--source", type=Path, required=True, help="the unpacked archive")
     parser.add_argument("--data_dir", default="", help="where prepare has put the data (default: TFDS's own)")
     options = parser.parse_args(arguments)

@@ -6,7 +6,6 @@ Counts are those of the network itself, ImageNet's 1,000 classes at 224x224; the
 bandwidths are the vendors'. All else is an assumption, and is named.
 """
 
-import argparse
 import dataclasses
 import io
 import json
@@ -24,6 +23,7 @@ from configs import imagenet
 from experiments.tables import size
 from experiments.tables.report import markdown_table
 from jlml_jax import input_pipeline, provenance
+from jlml_jax.arguments import Parser
 from jlml_jax.datasets.base import Split
 from jlml_jax.models import build_model
 
@@ -259,8 +259,7 @@ def page(counts: Counts, decoding: dict, steps: int, source: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m experiments.scaling", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiments.scaling", __doc__)
     parser.add_argument("--json", type=Path, help="where to write the counts and the decode rate")
     parser.add_argument("--output", type=Path, help="where to write the page")
     args = parser.parse_args()

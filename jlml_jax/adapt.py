@@ -1,6 +1,5 @@
 """Adapts a run to other cameras: batch normalisation by the statistics of unlabelled images, without training."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from jlml_jax import camera_statistics, norm_statistics, parallel
+from jlml_jax.arguments import Parser
 from jlml_jax.checkpoints import CONFIG, LABEL_MAP, SavedRun, load_finished_run
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.files import user_path
@@ -119,9 +119,7 @@ class _Measure:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.adapt", description=__doc__, epilog=_DETAILS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.adapt", __doc__, _DETAILS)
     parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
     parser.add_argument("--images", metavar="DIR|CSV|GLOB", required=True,
                         help="a folder (searched to the bottom), a CSV, or a glob in quotes")

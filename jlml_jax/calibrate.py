@@ -1,6 +1,5 @@
 """Measures how far apart images of the same and of different people are, and sets the thresholds for "same person"."""
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jlml_jax import calibration, datasets, features_file, protocols
+from jlml_jax.arguments import Parser
 from jlml_jax.calibration import format_rate
 from jlml_jax.checkpoints import load_run
 from jlml_jax.datasets.base import DISTRACTOR, JUNK
@@ -136,9 +136,7 @@ def calibrate(workdir: str | Path, *, dataset: str | None = None, features: str 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.calibrate", description=__doc__, epilog=_DETAILS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.calibrate", __doc__, _DETAILS)
     parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--dataset", metavar="NAME",

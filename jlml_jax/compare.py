@@ -1,6 +1,5 @@
 """Compares two images: how far apart they are, and whether they show the same person."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jlml_jax import calibration
+from jlml_jax.arguments import Parser
 from jlml_jax.errors import exit_status
 from jlml_jax.extractor import load_extractor, tell_unknown_cameras
 from jlml_jax.files import user_path
@@ -40,9 +40,7 @@ def compare(workdir: str | Path, images: tuple[str, str], cameras: tuple[str, st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.compare", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.compare", __doc__, _EXAMPLE)
     parser.add_argument("images", nargs=2, metavar="IMAGE", help="an image of a person")
     parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
     parser.add_argument("--cameras", nargs=2, metavar="NAME",

@@ -1,4 +1,4 @@
-"""What each number of a config may be: told before anything is written, and not by what goes wrong later."""
+"""What each field of a config may be: told before anything is written, and not by what goes wrong later."""
 
 import json
 from typing import Any
@@ -60,8 +60,11 @@ _COLORS = ("data.mean", "data.std")  # a number a channel
 
 
 def check_ranges(config: ml_collections.ConfigDict) -> None:
-    """A UserError for the first number of `config` that is none or out of its range."""
+    """A UserError for the first field of `config` that is of another type than its default, or out of its range."""
     fields, defaults = (flatten_dict(json.loads(one.to_json()), sep=".") for one in (config, default.get_config()))
+    for name, usual in defaults.items():  # a config of the user's own may have None anywhere
+        if name not in RANGES and type(fields[name]) is not type(usual):
+            raise UserError(f"{name}={fields[name]} must be {'True or False' if isinstance(usual, bool) else 'a text'}")
     for name, interval in RANGES.items():
         values, usual = (one[name] if isinstance(one[name], list) else [one[name]] for one in (fields, defaults))
         if name in _COLORS and len(values) != 3 or not values:

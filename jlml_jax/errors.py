@@ -21,6 +21,11 @@ def first_few(items: Sequence[str], separator: str = ", ") -> str:
     return separator.join([*items[:3], *["..."] * (len(items) > 3)])
 
 
+def told(message: object) -> str:
+    """How a command tells of what is wrong: one line, whatever `message` holds."""
+    return f"error: {' '.join(str(message).split())}"
+
+
 def printable(text: str) -> str:
     """`text` if a terminal shows all of it as it is, else with escapes: names of files may hold anything."""
     return text if text.isprintable() else ascii(text)
@@ -62,7 +67,7 @@ def exit_status(command: Callable[[], None]) -> int:
         command()
         sys.stdout.flush()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(told(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -6,7 +6,6 @@ BILINEAR: a batch has one size in any case, and ONNX's antialiased Resize is not
 up to 8 of 255 levels away where it shrinks).
 """
 
-import argparse
 import dataclasses
 import io
 import json
@@ -24,6 +23,7 @@ from jax import export as jax_export
 from jax.sharding import Mesh
 
 from jlml_jax import calibration, parallel, provenance
+from jlml_jax.arguments import Parser
 from jlml_jax.augment import normalise
 from jlml_jax.checkpoints import SavedRun, load_run
 from jlml_jax.datasets import synthetic_drawing
@@ -235,9 +235,7 @@ def _max_relative_error(embed: Embed, images: np.ndarray, expected: np.ndarray) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.export", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.export", __doc__, _EXAMPLE)
     parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of a trained run")
     parser.add_argument("--format", required=True, metavar="|".join(FORMATS),
                         help="stablehlo: a zip archive, for jax.export.deserialize on " + ", ".join(PLATFORMS))

@@ -1,12 +1,12 @@
 """Embeds a user's own images: a folder, a CSV or a glob in, one file of features out."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from jlml_jax import features_file
+from jlml_jax.arguments import Parser
 from jlml_jax.errors import exit_status
 from jlml_jax.extractor import embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
@@ -55,9 +55,7 @@ def extract(workdir: str, images: str, output: str, *, keep_going: bool = False,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.extract", description=__doc__, epilog=_DETAILS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.extract", __doc__, _DETAILS)
     parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
     parser.add_argument("--images", metavar="DIR|CSV|GLOB", required=True,
                         help="a folder (searched to the bottom), a CSV, a glob in quotes, or one image")

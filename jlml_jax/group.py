@@ -1,6 +1,5 @@
 """Groups unlabelled images by person, as labels to correct by hand or to train on."""
 
-import argparse
 import collections
 import csv
 import hashlib
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jlml_jax import calibration, contact_sheet, features_file, grouping
+from jlml_jax.arguments import Parser
 from jlml_jax.calibration import format_rate
 from jlml_jax.datasets.folder import BOX_COLUMNS, NOBODY
 from jlml_jax.errors import UserError, exit_status, first_few
@@ -220,9 +220,7 @@ def _draw(path: Path, images: Sequence[UserImage], groups: np.ndarray, rows: np.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.group", description=__doc__, epilog=_DETAILS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.group", __doc__, _DETAILS)
     parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
     parser.add_argument("--images", metavar="DIR|CSV|GLOB|FILE", required=True, help="what to group; see below")
     parser.add_argument("--output", metavar="CSV", required=True,

@@ -143,9 +143,10 @@ class TrainingLog:
             part = f"{head} {means[f'cross_entropy/{head}']:.3f}"
             part += "".join(f" + {means[name]:.3f}" for name in (f"penalty/{head}", f"triplet/{head}") if name in means)
             parts.append(f"{part} ({100 * means[f'accuracy/{head}']:.1f} %)")
-        left = (self._total_steps - done) * self._batch_size / rate if rate else 0.0
-        print(f"step {done}/{self._total_steps}  loss {means['loss']:.3f}  {'  '.join(parts)}  "
-              f"{rate:.1f} images/s  {_duration(left)} left", flush=True)
+        if rate:  # there is none of the first dispatch
+            left = (self._total_steps - done) * self._batch_size / rate
+            parts.append(f"{rate:.1f} images/s  {_duration(left)} left")
+        print(f"step {done}/{self._total_steps}  loss {means['loss']:.3f}  {'  '.join(parts)}", flush=True)
 
     def close(self) -> None:
         if not self._quiet:

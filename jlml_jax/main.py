@@ -12,6 +12,7 @@ Examples:
 """
 
 import sys
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -41,6 +42,16 @@ def _refuse_missing(path: str) -> None:
         raise UserError(f"there is no config {path!r} here; {_CONFIGS} has {names}")
 
 
+def _in_config(error: BaseException | None) -> str:
+    """What a config file raised, and in which of its lines, if `error`, which may be absl's own, is due to one."""
+    while error is not None:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if frame.name == "get_config":
+                return f"{frame.filename}, line {frame.lineno}: {type(error).__name__}: {error}"
+        error = error.__context__
+    return ""
+
+
 def _command() -> None:
     arguments = sys.argv[1:]
     given = [number for number, argument in enumerate(arguments) if argument.split("=")[0] in ("--config", "-config")]
@@ -54,12 +65,11 @@ def _command() -> None:
         config = _CONFIG.value
         workdir = _WORKDIR.value or f"runs/{config.name}"
         config.to_json()  # which a run's folder needs: a tuple may hold anything that Python writes, such as 1j
-    # A config file of the user's own may have any slip; absl looks for a flag like one of thousands of letters.
-    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, OSError, ImportError, NameError,
-            SyntaxError, RecursionError) as error:
+    # A config file of the user's own may raise anything; absl looks for a flag like one of thousands of letters.
+    except Exception as error:
         if isinstance(error, LookupError | AttributeError):
             refuse_unknown_field(arguments)
-        raise UserError(f"{error}; see --help, and configs/default.py for every field") from error
+        raise UserError(f"{_in_config(error) or error}; see --help, and configs/default.py for every field") from error
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}; see --help")
     parallel.keep_memory()

@@ -1,6 +1,5 @@
 """Packs a finished run into one file, to hand it on: half the weights' bytes, nothing of its images."""
 
-import argparse
 import dataclasses
 import io
 import json
@@ -14,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jlml_jax import calibration, camera_statistics, parallel, result_rows
+from jlml_jax.arguments import Parser
 from jlml_jax.checkpoints import CONFIG, LABEL_MAP, RESULTS, TRAINING, load_finished_run, read_results
 from jlml_jax.datasets import synthetic_drawing
 from jlml_jax.errors import UserError, exit_status
@@ -106,9 +106,7 @@ def _difference(before: Extractor, after: Extractor) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.pack", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.pack", __doc__, _EXAMPLE)
     parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of a trained run")
     parser.add_argument("--output", required=True, metavar="FILE", help="what to write, or to replace")
     options = parser.parse_args(arguments)

@@ -1,6 +1,5 @@
 """Checks the original files of a data set against its published counts, then builds the TFDS data from them."""
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jlml_jax import datasets
+from jlml_jax.arguments import Parser
 from jlml_jax.datasets.base import ArrayRecordBuilder, BenchmarkBuilder, Crop, count
 from jlml_jax.datasets.images import decode_image
 from jlml_jax.errors import UserError, exit_status, first_few, printable
@@ -181,9 +181,7 @@ def _tell_incomplete(name: str, data_dir: str | Path | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.prepare", description=__doc__, epilog=_DETAILS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.prepare", __doc__, _DETAILS)
     parser.add_argument("dataset", metavar="DATASET", help=" or ".join(datasets.NAMES))
     parser.add_argument("--source", metavar="DIR", help="folder of the original files, or CSV for folder/NAME; none "
                                                         "for a set that is drawn")

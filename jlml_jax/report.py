@@ -6,7 +6,6 @@ anew, from the latest checkpoint. A run without a test (several data sets traine
 without what needs queries, and no CSV.
 """
 
-import argparse
 import base64
 import csv
 import io
@@ -30,6 +29,7 @@ from jlml_jax import (
     protocols,
     result_rows,
 )
+from jlml_jax.arguments import Parser
 from jlml_jax.checkpoints import SavedRun, load_run, read_results
 from jlml_jax.datasets import Names
 from jlml_jax.datasets.base import DISTRACTOR, Split
@@ -449,9 +449,7 @@ def _heat_gradient() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.report", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.report", __doc__, _EXAMPLE)
     parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of a trained run")
     parser.add_argument("--output", metavar="FILE", help="the page to write, or to replace (default: RUN/report.html); "
                                                          "the CSV goes beside it")

@@ -1,6 +1,5 @@
 """Finds the images of a gallery that are nearest to queries, and adds images to a gallery that lasts."""
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jlml_jax import calibration, contact_sheet, features_file, search_results
+from jlml_jax.arguments import Parser
 from jlml_jax.calibration import Verdicts
 from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, embed, embed_all, load_extractor
@@ -285,9 +285,7 @@ def _names(text: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.search", description=__doc__, epilog=_DETAILS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.search", __doc__, _DETAILS)
     parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of a trained run")
     parser.add_argument("--gallery", metavar="DIR|CSV|GLOB|FILE", required=True, help="what to search; see below")
     parser.add_argument("--query", metavar="IMAGE|DIR|CSV|GLOB",

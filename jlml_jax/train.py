@@ -193,7 +193,10 @@ def _check_config(config: ml_collections.ConfigDict, mesh: Mesh, mode: str) -> N
     losses.check_fields(config.loss, config.model.cosine_scale, config.train.images_per_identity)
     check_input_size(config.data.height, config.data.width, config.model.num_strips)
     evaluate.check_fields(config.evaluate)
-    profiling.parse_steps(config.profile)
+    traced = profiling.parse_steps(config.profile)
+    if traced and mode != "evaluate" and traced.start >= config.train.steps:
+        raise UserError(f"profile={config.profile} is beyond train.steps={config.train.steps}, counted from 0: give "
+                        "steps that are trained")
 
 
 def _check_run(command: Command, given_config: ml_collections.ConfigDict, workdir: Path, trial: Trial) -> Run:
@@ -311,8 +314,11 @@ def _train(run: Run, checkpoints: Checkpoints, state: TrainState, progress: dict
             checkpoints.wait()
         print(f"the run in {run.workdir} is finished: {first_step} steps", flush=True)
         return state
+    traced = profiling.parse_steps(config.profile)
     if first_step:
         print(f"resuming after step {first_step}", flush=True)
+        if traced and traced.stop <= first_step:
+            print(f"nothing is traced: the steps of profile={config.profile} were taken before", flush=True)
     parallel.on_first_process(
         lambda: training_history.record_start(run.workdir, run.command.provenance, first_step))
     at_once = steps_per_dispatch(config, first_step)
@@ -320,7 +326,7 @@ def _train(run: Run, checkpoints: Checkpoints, state: TrainState, progress: dict
     batches, seed = _batches(run, first_step), parallel.replicate(np.uint32(config.seed), mesh)
     log = TrainingLog(run.workdir, first_step, last_step, config.train.batch_size, progress["interval"],
                       quiet=jax.process_index() > 0)
-    trace = profiling.Trace(profiling.parse_steps(config.profile if jax.process_index() == 0 else ""), run.workdir)
+    trace = profiling.Trace(traced if jax.process_index() == 0 else range(0), run.workdir)
     any_stop = parallel.make_any_stop(mesh)
     in_flight = _InFlight(run, checkpoints, log, at_once)
     ahead = 0 if jax.default_backend() == "cpu" else DISPATCHES_AHEAD  # a CPU's host has nothing better to do

@@ -1,6 +1,5 @@
 """Makes a run's folder of a packed run: the pre-trained one that comes with jlml_jax, or a file that pack has made."""
 
-import argparse
 import json
 import sys
 import zipfile
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jlml_jax import calibration, camera_statistics
+from jlml_jax.arguments import Parser
 from jlml_jax.checkpoints import CONFIG, LABEL_MAP, RESULTS, TRAINING, SavedRun, read_description
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.files import user_path
@@ -88,9 +88,7 @@ def _damaged(file: Path, error: BaseException | None) -> UserError:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with `arguments` (None: the process's own); returns its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m jlml_jax.unpack", description=__doc__, epilog=_EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jlml_jax.unpack", __doc__, _EXAMPLE)
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the folder to make")
     parser.add_argument("--file", default=PRETRAINED, metavar="FILE",
                         help="what jlml_jax.pack has written (default: the pre-trained run that comes with jlml_jax)")

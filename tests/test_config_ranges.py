@@ -64,3 +64,15 @@ def test_how_many_numbers(name, value, told):
     with pytest.raises(UserError) as raised:
         check_ranges(with_field(name, value))
     assert str(raised.value) == told
+
+
+@pytest.mark.parametrize("name, told", [
+    ("data.name", "data.name=None must be a text"),
+    ("evaluate.datasets", "evaluate.datasets=None must be a text"),
+    ("augment.flip", "augment.flip=None must be True or False"),
+    ("train.steps", "train.steps=None must be in [0, 2147483647]"),
+])
+def test_none_is_told(name, told):
+    with pytest.raises(UserError) as raised:
+        check_ranges(with_field(name, None))
+    assert str(raised.value) == told

@@ -65,6 +65,13 @@ def test_a_dispatch_of_several_steps_counts_as_they_do(tmp_path):
     log.close()
 
 
+def test_the_line_of_the_first_dispatch_tells_no_rate(tmp_path, capsys):
+    train(tmp_path, 0, 2, 1)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 1/100  loss 1.000  global 2.000 + 0.250 (50.0 %)"
+    assert "images/s" in second
+
+
 def test_a_reported_line_is_on_disk_at_once(tmp_path):
     log = TrainingLog(tmp_path, 0, 100, 32)
     log.add(1, metrics(1))

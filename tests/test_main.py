@@ -51,6 +51,9 @@ def test_what_the_user_can_mend_is_told_in_one_line(tmp_path, arguments, message
     ("config = default.get_config(", "'(' was never closed (mine.py, line 3)"),
     ("config = defalt.get_config()", "name 'defalt' is not defined"),
     ("config = default.get_config(); config.train.stps = 3", "no config field train.stps; near it: train.steps"),
+    ("config = default.get_config(); config.data.name = None", "data.name=None must be a text"),
+    ("config = 1 // 0", "mine.py, line 3: ZeroDivisionError: "),
+    ("config = default.get_config(); config.seed = int('x')", "mine.py, line 3: ValueError: invalid literal for int()"),
 ])
 def test_a_slip_in_a_config_of_ones_own_is_told_in_one_line(tmp_path, line, message):
     (tmp_path / "mine.py").write_text(f"from configs import default\ndef get_config():\n {line}\n return config\n")

@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 
 from jlml_jax.errors import UserError
 from jlml_jax.profiling import Trace, parse_steps
+from jlml_jax.train import train_and_evaluate
 
 
 def test_steps_are_half_open():
@@ -57,3 +59,20 @@ def test_the_trace_is_one_that_perfetto_opens(tmp_path, capsys):
     assert any("lambda" in event.get("name", "") for event in events)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))  # TensorBoard's
     assert f"trace of steps 1 to 1: {path}" in capsys.readouterr().out
+
+
+def test_steps_that_are_not_trained_are_refused_and_those_of_before_told(tiny_config, tmp_path, capsys):
+    steps = tiny_config.train.steps
+    tiny_config.profile = f"{steps}:{steps + 2}"
+    with pytest.raises(UserError, match=f"profile={steps}:{steps + 2} is beyond train.steps={steps}"):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+    tiny_config.profile = ""
+    train_and_evaluate(tiny_config, tmp_path / "run", "train")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(steps))
+    tiny_config.profile = "1:3"
+    capsys.readouterr()
+    train_and_evaluate(tiny_config, tmp_path / "run", "train")
+    assert "nothing is traced: the steps of profile=1:3 were taken before\n" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "profile").exists()

@@ -6,7 +6,6 @@ exception, a crash, more than 20 seconds of CPU or 2 GiB for one input is a fail
 With --coverage, atheris chooses the mutations by the lines that they reach (pip install atheris).
 """
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -32,6 +31,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
+from jlml_jax.arguments import Parser
 from jlml_jax.errors import UserError
 
 SECONDS, MEMORY = 20, 2 << 30  # that one input may take
@@ -499,8 +499,7 @@ def covered(name: str, count: int, seed: int, keep: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m experiments.faults.inputs", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiments.faults.inputs", __doc__)
     parser.add_argument("--target", choices=TARGETS, required=True)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which it ends in any case")

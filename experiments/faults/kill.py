@@ -9,7 +9,6 @@ With --signal=TERM or INT the process must also leave within 30 seconds, with th
 traceback.
 """
 
-import argparse
 import collections
 import csv
 import dataclasses
@@ -34,6 +33,7 @@ import orbax.checkpoint as ocp
 from PIL import Image
 
 from jlml_jax import datasets, provenance
+from jlml_jax.arguments import Parser
 from jlml_jax.logs import TIME_FIELDS
 
 STEPS = 240
@@ -265,8 +265,7 @@ class Campaign:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m experiments.faults.kill", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiments.faults.kill", __doc__)
     parser.add_argument("--count", type=int, default=30, help="kills of the main command at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")

@@ -5,7 +5,6 @@ at random, or with --again those alone that survived in an earlier --json, and r
 process; the files stay as they are. Prints the mutants that no test kills.
 """
 
-import argparse
 import contextlib
 import difflib
 import importlib.util
@@ -26,6 +25,8 @@ import optax  # noqa: F401
 import pytest
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
+
+from jlml_jax.arguments import Parser
 
 # The module, and the tests that are meant to notice a change of it.
 TESTS = {"losses": "test_losses.py", "metrics": "test_metrics.py", "distances": "test_distances.py"}
@@ -77,8 +78,7 @@ def _describe(mutant: tuple[str, str], source: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m experiments.faults.mutants", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("experiments.faults.mutants", __doc__)
     parser.add_argument("--module", choices=TESTS, required=True)
     parser.add_argument("--count", type=int, help="how many to try (default: all)")
     parser.add_argument("--again", type=Path, help="figures of an earlier campaign, whose survivors are tried again")

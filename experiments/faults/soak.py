@@ -6,7 +6,6 @@ folder to which crops are added and which is made anew every tenth time. After a
 must stay within 5 %.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,6 +24,7 @@ from PIL import Image
 
 from configs import synthetic
 from jlml_jax import extract, parallel, provenance, search
+from jlml_jax.arguments import Parser
 from jlml_jax.checkpoints import SavedRun
 from jlml_jax.extractor import Extractor
 from jlml_jax.models import build_model
@@ -85,8 +85,7 @@ def soak(minutes: float, folder: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m experiments.faults.soak", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiments.faults.soak", __doc__)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
