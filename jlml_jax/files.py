@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import platform
 import re
@@ -90,6 +91,9 @@ def write_output(path: Path, content: str | bytes | Callable[[BinaryIO], None]) 
                         "room or give another") from error
 
 
+_PATIENCE = 1.0  # seconds
+
+
 def lock(path: Path, what: str, otherwise: str | None) -> IO[str]:
     """Locks what the lock file `path` stands for, for this process, until what is returned is closed.
 
@@ -100,7 +104,8 @@ def lock(path: Path, what: str, otherwise: str | None) -> IO[str]:
     Args:
         path: the lock file, made if it is not there.
         what: is locked, such as a folder, for messages.
-        otherwise: what to do if another process has the lock, for the message; None: wait for it.
+        otherwise: what to do if another process has the lock, for the message; None: wait for it, and say so if that
+            takes more than a moment.
 
     Raises:
         UserError: another process has it, which is named, and it is not to be waited for.
@@ -108,21 +113,38 @@ def lock(path: Path, what: str, otherwise: str | None) -> IO[str]:
     """
     file = open(path, "a+")  # noqa: SIM115 - held by the caller
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read() or "another process"
-        if otherwise is not None:
-            file.close()
-            raise UserError(f"{what} is in use by {holder}; {otherwise}") from None
-        print(f"{what} is in use by {holder}; waiting for it", flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if not _is_soon_locked(file, 0 if otherwise is not None else _PATIENCE):
+            file.seek(0)
+            holder = file.read() or "another process"
+            if otherwise is not None:
+                file.close()
+                raise UserError(f"{what} is in use by {holder}; {otherwise}")
+            print(f"{what} is in use by {holder}; waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        print(f"{what} is on a file system without locks ({error.strerror}): a second process that writes there would "
-              "not be noticed", flush=True)
+        _tell_no_locks(what, error.strerror)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
     return file
+
+
+@functools.cache  # not each time that it is locked
+def _tell_no_locks(what: str, why: str) -> None:
+    print(f"{what} is on a file system without locks ({why}): a second process that writes there would not be noticed",
+          flush=True)
+
+
+def _is_soon_locked(file: IO[str], seconds: float) -> bool:
+    """Tries to lock `file` for so long; whether it is locked."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.02)

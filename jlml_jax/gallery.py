@@ -4,7 +4,7 @@ A gallery is a folder of
   features.f32     the features, little-endian float32 [N, D], row after row; only ever appended to, read by memory map
   gallery.sqlite   table `model`: the fingerprint of the model and D; table `images`: for each row of features.f32 the
                    SHA-256 of the image file's bytes (and the box that is cropped), its file, identity, camera and box
-  lock             held (flock) by the one process that adds
+  lock             held (flock) by a process while it adds a batch; others wait for it
 An image is in the gallery when its row in `images` is committed, which is after its feature is on disk: what a killed
 process has appended beyond that is cut off by the next one that adds. The same image again, under whatever name, is
 not added again; it takes the name it was listed with last, and the identity and camera if these are given.
@@ -76,7 +76,7 @@ class Gallery:
         """Makes an empty gallery in `folder`, which must be empty or not there, and opens it.
 
         Raises:
-            UserError: the folder holds something else, is in use, or cannot be written.
+            UserError: the folder holds something else, or cannot be written.
         """
         part = folder / f"{_DATABASE}.part"
         try:
@@ -135,7 +135,7 @@ class Gallery:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """While entered, this process alone may `add`; a UserError if another one may."""
+        """While entered, this process alone may `add`; another one is waited for."""
         with _locked(self.folder):
             self._map()  # the other may have added something since
             yield
@@ -209,7 +209,7 @@ class Gallery:
 
 def _locked(folder: Path) -> IO[str]:
     try:
-        return lock(folder / _LOCK, str(folder), "wait until that has ended, or give another folder")
+        return lock(folder / _LOCK, str(folder), None)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); give another folder") from error
 

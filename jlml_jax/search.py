@@ -54,22 +54,25 @@ def update_gallery(folder: Path, images: Sequence[UserImage], extractor: Extract
                    ) -> tuple[Gallery, list[LoadedImage]]:
     """Opens the gallery in `folder`, makes it if there is none, and adds those `images` that are not in it.
 
-    Returns the gallery and those of `images` that are in it now. What is added is kept batch by batch.
+    Returns the gallery and those of `images` that are in it now. What is added is kept batch by batch. Other processes
+    may add to the gallery at the same time; what two of them add is embedded by both, and kept once.
 
     Raises:
-        UserError: the gallery is another model's, another process is adding to it, or images are bad.
+        UserError: the gallery is another model's, or images are bad.
     """
     gallery = Gallery(folder) if is_gallery(folder) else Gallery.create(folder, extractor.fingerprint, extractor.dim)
     check_fingerprint(f"the gallery {folder}", gallery.fingerprint, extractor)
-    listed, before = [], len(gallery)
-    with gallery.writing():
-        for new, seen, features in embed(images, extractor, keep_going=keep_going, known=gallery.digests()):
+    listed, added = [], 0
+    for new, seen, features in embed(images, extractor, keep_going=keep_going, known=gallery.digests()):
+        with gallery.writing():
             if extractor.cameras:
                 _refuse_other_cameras(gallery, [*new, *seen])
+            before = len(gallery)
             gallery.add(new, features, seen)
-            listed += [dataclasses.replace(loaded, pixels=None) for loaded in [*new, *seen]]
+            added += len(gallery) - before
+        listed += [dataclasses.replace(loaded, pixels=None) for loaded in [*new, *seen]]
     copies = len(listed) - len({loaded.digest for loaded in listed})
-    print(f"{folder}: {len(gallery) - before:,} images added, {len(gallery):,} in it"
+    print(f"{folder}: {added:,} images added, {len(gallery):,} in it"
           + (f"; {copies:,} listed images are copies of others and are kept once" if copies else ""))
     return gallery, listed
 

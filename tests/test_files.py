@@ -2,9 +2,12 @@
 
 import fcntl
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from jlml_jax import files
 from jlml_jax.checkpoints import claim_workdir
 from jlml_jax.errors import UserError
 from jlml_jax.files import check_output, lock, write_atomically, write_output
@@ -52,6 +55,30 @@ def test_a_lock_says_who_has_it_until_it_is_closed(tmp_path):
         lock(tmp_path / "lock", "the folder", "try another")
     held.close()
     lock(tmp_path / "lock", "the folder", "wait").close()
+
+
+def test_a_lock_is_waited_for_and_that_is_told_after_a_moment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "_PATIENCE", 0.1)
+    with ThreadPoolExecutor(1) as pool:
+        held = lock(tmp_path / "lock", "the folder", None)
+        waiting = pool.submit(lock, tmp_path / "lock", "the folder", None)
+        told = ""
+        while not told:
+            told += capsys.readouterr().out
+        assert not waiting.done()
+        held.close()
+        waiting.result(10).close()
+    assert told.startswith(f"the folder is in use by process {os.getpid()} on ") and told.endswith("; waiting for it\n")
+
+    monkeypatch.setattr(files, "_PATIENCE", 60)
+    with ThreadPoolExecutor(1) as pool:
+        held = lock(tmp_path / "lock", "the folder", None)
+        waiting = pool.submit(lock, tmp_path / "lock", "the folder", None)
+        time.sleep(0.1)
+        assert not waiting.done()
+        held.close()
+        waiting.result(10).close()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("use", [
