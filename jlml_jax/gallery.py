@@ -16,7 +16,6 @@ import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import jax
 import numpy as np
@@ -83,7 +82,7 @@ class Gallery:
             folder.mkdir(parents=True, exist_ok=True)
             if not all(path.name.startswith((_DATABASE, _FEATURES, _LOCK)) for path in folder.iterdir()):
                 raise UserError(f"{folder} has files in it but is no gallery; give an empty folder or a new one")
-            with _locked(folder):
+            with lock(folder / _LOCK, str(folder), None):
                 if not is_gallery(folder):
                     (folder / _FEATURES).touch()
                     part.unlink(missing_ok=True)
@@ -91,7 +90,8 @@ class Gallery:
                         database.executescript(_TABLES.format(fingerprint=fingerprint, dim=dim))
                     part.rename(folder / _DATABASE)  # it is whole
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"cannot make a gallery in {folder} ({error}); give another folder") from error
+            raise UserError(f"cannot make a gallery in {folder} ({error}); give --index=FOLDER, one that can "
+                            "be written to") from error
         return cls(folder)
 
     def __len__(self) -> int:
@@ -136,7 +136,12 @@ class Gallery:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """While entered, this process alone may `add`; another one is waited for."""
-        with _locked(self.folder):
+        try:
+            held = lock(self.folder / _LOCK, str(self.folder), None)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}); give another --index, or search what "
+                            f"is in it by --gallery={self.folder}") from error
+        with held:
             self._map()  # the other may have added something since
             yield
 
@@ -205,13 +210,6 @@ class Gallery:
                              else np.empty((0, self.dim), np.float32))
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror}); make it readable") from error
-
-
-def _locked(folder: Path) -> IO[str]:
-    try:
-        return lock(folder / _LOCK, str(folder), None)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); give another folder") from error
 
 
 # What the device takes at a time. On a CPU the differences must stay in the cache: this is what makes a query cost

@@ -187,6 +187,20 @@ def test_a_damaged_gallery_is_refused(tmp_path, damage):
         gallery.image(0)
 
 
+def test_where_nothing_can_be_written_is_told(tmp_path, monkeypatch):
+    gallery = filled(tmp_path / "g")
+
+    def lock(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(gallery_module, "lock", lock)
+    with pytest.raises(UserError, match=r"cannot write to .*g \(Read-only file system\); give another --index, or .* "
+                                        "by --gallery=.*g$"), gallery.writing():
+        pass
+    with pytest.raises(UserError, match=r"cannot make a gallery in .*new \(.*Read-only file system\); give --index=F"):
+        Gallery.create(tmp_path / "new", "f" * 16, DIM)
+
+
 def test_a_gallery_is_not_made_amid_other_files(tmp_path):
     (tmp_path / "photo.png").touch()
     with pytest.raises(UserError, match="has files in it"):
