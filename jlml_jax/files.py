@@ -91,7 +91,7 @@ def write_output(path: Path, content: str | bytes | Callable[[BinaryIO], None]) 
                         "room or give another") from error
 
 
-_PATIENCE = 1.0  # seconds
+_PATIENCE = 1.0  # seconds that a lock is waited for before that is said: a batch of a gallery takes less
 
 
 def lock(path: Path, what: str, otherwise: str | None) -> IO[str]:
