@@ -65,7 +65,6 @@ def keep_memory() -> None:
 _FEW_CORES = 4  # fewer than the network has towers
 
 
-@functools.cache
 def compiler_options() -> dict[str, Any]:
     """What XLA is told about a train step: on a CPU, what this processor gains by, as far as this jaxlib knows of it.
 
@@ -80,6 +79,7 @@ def compiler_options() -> dict[str, Any]:
     return {name: value for name, value in options.items() if _knows(name, value)}
 
 
+@functools.cache
 def _knows(option: str, value: Any) -> bool:
     try:
         jax.jit(lambda x: x, compiler_options={option: value}).lower(0).compile()

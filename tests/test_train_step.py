@@ -262,5 +262,5 @@ def test_the_compiler_hears_its_options(smooth_config, tmp_path, monkeypatch, ke
 @pytest.mark.parametrize("cores, side_by_side", [(2, False), (64, True)])
 def test_many_cores_keep_operations_side_by_side(monkeypatch, cores, side_by_side):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    options = parallel.compiler_options.__wrapped__()
+    options = parallel.compiler_options()
     assert options.get("xla_cpu_enable_concurrency_optimized_scheduler", True) == side_by_side
