@@ -40,10 +40,10 @@ def load_extractor(workdir: str | Path) -> "Extractor":
 class Extractor:
     """A function of images, uint8 [B, height, width, 3], to their matching features, float32 [B, dim].
 
-    Any B will do: images go to the device in batches of `evaluate.batch_size`, the last one padded, so that nothing is
-    compiled again for another B. No more images than there are devices go in a batch of that size, so that one image
-    costs no more than one. The features are normalised as the run's `evaluate.normalize` says; L2 distance compares
-    them. Batch normalisation uses the statistics of an image's camera, where the run has any of it.
+    Any B will do: images go to the device in batches of `evaluate.batch_size`, and those left over in the smallest
+    power of two that holds them, on each device. So a few images cost no more than twice their number, and only a
+    handful of programs is compiled, whatever B is. The features are normalised as the run's `evaluate.normalize` says;
+    L2 distance compares them. Batch normalisation uses the statistics of an image's camera, where the run has any.
 
     Attributes:
         height, width: the input size of the run, pixels.
@@ -86,16 +86,16 @@ class Extractor:
         cameras = [""] * len(images) if cameras is None else cameras
         if len(cameras) != len(images):
             raise ValueError(f"{len(cameras)} cameras for {len(images)} images")
-        size = self._mesh.size if len(images) <= self._mesh.size else self.batch_size
         features = np.empty((len(images), self.dim), np.float32)
-        for start in range(0, len(images), size):
-            rows = images[start:start + size]
+        for start in range(0, len(images), self.batch_size):
+            rows = images[start:start + self.batch_size]
+            stop, size = start + len(rows), self._padded_size(len(rows))
             padded = np.zeros((size, *expected), np.uint8)
             padded[:len(rows)] = rows
-            variables = self._variables_of([*cameras[start:start + size], *[""] * (size - len(rows))])
+            variables = self._variables_of([*cameras[start:stop], *[""] * (size - len(rows))])
             branches = self._forward(variables, parallel.shard_batch(padded, self._mesh))
             branches = {name: np.asarray(values, np.float32)[:len(rows)] for name, values in branches.items()}
-            features[start:start + size] = evaluate.matching_feature(branches, self._normalize)
+            features[start:stop] = evaluate.matching_feature(branches, self._normalize)
         if not np.isfinite(features).all():
             raise UserError("features are not finite; the weights are unusable: train again")
         return features
@@ -156,6 +156,11 @@ class Extractor:
         for start in range(0, len(means), _MEANS_BLOCK):  # each block in its own place
             means[start:start + _MEANS_BLOCK] = normalised[start:start + _MEANS_BLOCK]
         return means
+
+    def _padded_size(self, count: int) -> int:
+        """How many images a batch of `count`, 1 to `self.batch_size`, is filled up to."""
+        of_device = -(-count // self._mesh.size)
+        return min(self._mesh.size << (of_device - 1).bit_length(), self.batch_size)
 
     def _resized(self, crop: np.ndarray | Image.Image | str | Path, name: str) -> np.ndarray:
         """uint8 [height, width, 3]."""

@@ -10,7 +10,7 @@ import pytest
 
 from configs import default
 from experiments.bench import __main__ as command
-from experiments.bench import crops, end_to_end, floor
+from experiments.bench import crops, end_to_end, few_crops, floor
 from experiments.bench.timing import ratio_of
 from jlml_jax.models import build_model
 
@@ -73,6 +73,12 @@ def test_both_do_the_same_work(benchmark):
     result = measure(height=64, width=32, batch_size=4, dtype="float32", repeats=1)
     assert result["over_torch"]["median"] > 0
     assert np.isfinite(list(result["images_per_second"].values())).all()
+
+
+@pytest.mark.slow
+def test_few_crops_take_less_than_a_full_batch(monkeypatch):
+    monkeypatch.setattr(few_crops, "COUNTS", (5,))
+    assert few_crops.bench_few_crops(1)["full_batch_over"]["5"]["minimum"] > 3
 
 
 @pytest.mark.slow

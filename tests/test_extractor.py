@@ -9,6 +9,7 @@ from processes import run_program
 from jlml_jax import datasets, evaluate, extract, features_file, load_extractor, parallel
 from jlml_jax.checkpoints import load_run
 from jlml_jax.errors import UserError
+from jlml_jax.extractor import Extractor
 from jlml_jax.models import build_model
 
 
@@ -39,16 +40,33 @@ def test_features_are_those_of_the_evaluation(tiny_extractor, tiny_run, market15
     assert np.std(got, axis=0).max() > 1e-3  # not all alike
 
 
-def test_any_number_of_images_and_no_compilation_for_each(tiny_extractor):
+def test_any_number_of_images_by_few_programs(tiny_extractor):
     batch = images(37)
     whole = tiny_extractor(batch)
-    tiny_extractor(batch[:1])
-    compiled = tiny_extractor._forward._cache_size()
-    for count in (0, 1, 2, 3, 5, 15, 16, 17, 37):
+    for count in range(38):
         features = tiny_extractor(batch[:count])
         assert features.shape == (count, 32)
         np.testing.assert_allclose(features, whole[:count], atol=1e-5)
-    assert tiny_extractor._forward._cache_size() == compiled == 2
+    assert tiny_extractor.batch_size == 16
+    assert tiny_extractor._forward._cache_size() == 3  # of 4, 8 and 16 images, on 4 devices
+
+
+@pytest.mark.parametrize(("devices", "batch_size", "sizes"), [
+    (1, 16, {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 9: 16, 16: 16}),
+    (4, 16, {1: 4, 4: 4, 5: 8, 8: 8, 9: 16, 16: 16}),
+    (3, 18, {1: 3, 3: 3, 4: 6, 7: 12, 13: 18, 18: 18}),  # 24 would be more than a full batch
+])
+def test_few_images_are_not_filled_up_to_a_full_batch(tiny_run, devices, batch_size, sizes):
+    run = load_run(tiny_run)
+    run.config.evaluate.batch_size = batch_size
+    extractor = Extractor(run, parallel.make_mesh(jax.devices()[:devices]))
+    fed, forward = [], extractor._forward
+    extractor._forward = lambda variables, rows: fed.append(len(rows)) or forward(variables, rows)
+    for count in sizes:
+        extractor(images(count))
+    assert fed == list(sizes.values())
+    extractor(images(batch_size + 1))
+    assert fed[len(sizes):] == [batch_size, devices]
 
 
 @pytest.mark.parametrize("wrong", [

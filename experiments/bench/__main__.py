@@ -1,7 +1,7 @@
 """Benchmarks: python -m experiments.bench NAME [--json=FILE]
 
-NAME is train, end_to_end, forward, towers, input, evaluate, galleries or start. train, forward and input are measured
-against PyTorch: pip install -e '.[bench]'.
+NAME is train, end_to_end, forward, towers, input, evaluate, galleries, few_crops or start. train, forward and input are
+measured against PyTorch: pip install -e '.[bench]'.
 """
 
 import argparse
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "input": ("input_rate.bench_input", ("height", "width", "batch_size", "repeats")),
     "evaluate": ("ranking.bench_evaluate", ("repeats",)),
     "galleries": ("galleries.bench_galleries", ("queries",)),
+    "few_crops": ("few_crops.bench_few_crops", ("repeats",)),
     "start": ("start.bench_start", ("repeats",)),
 }
 
