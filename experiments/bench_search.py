@@ -15,10 +15,12 @@ import numpy as np
 
 from jlml_jax import provenance
 from jlml_jax.arguments import Parser
-from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
+from jlml_jax.gallery import Gallery, is_gallery
+from jlml_jax.nearest import NearestNeighbours
 from jlml_jax.user_images import LoadedImage, UserImage
 
 _BATCH = 20_000
+_MANY, _MANY_REPEATS = 512, 5  # queries that are searched for together
 
 
 def fill(folder: Path, rows: int, dim: int) -> None:
@@ -35,7 +37,10 @@ def fill(folder: Path, rows: int, dim: int) -> None:
 
 
 def bench(folder: Path, repeats: int) -> dict:
-    """Seconds to open, of the first query and of the others; the share of the floor, each query beside its own."""
+    """Seconds to open, of the first query and of the others; the share of the floor, each query beside its own.
+
+    `of_many`: seconds a query of many searched for together, and of NumPy's product of the features with them all.
+    """
     start = time.perf_counter()
     gallery = Gallery(folder)
     neighbours = NearestNeighbours(gallery.features)
@@ -59,12 +64,25 @@ def bench(folder: Path, repeats: int) -> dict:
         gallery.features @ query
         floor.append(time.perf_counter() - start)
     ratios = np.array(floor[1:]) / np.array(seconds[1:])
+    searches = [(np.array(gallery.features[row]), 10, None) for row in rng.integers(len(gallery), size=_MANY)]
+    many, product = [], []
+    for _ in range(_MANY_REPEATS + 1):  # the first compiles
+        start = time.perf_counter()
+        found = list(neighbours.search_many(searches))
+        many.append((time.perf_counter() - start) / _MANY)
+        assert all((gallery.features[rows[0]] == query).all() for (rows, _), (query, *_) in zip(found, searches))
+        start = time.perf_counter()
+        np.stack([query for query, *_ in searches]) @ gallery.features.T
+        product.append((time.perf_counter() - start) / _MANY)
     return {
         "rows": len(gallery), "dim": gallery.dim, "gigabytes": gallery.features.nbytes / 1e9, "repeats": repeats,
         "seconds": {"open": opened, "read_cameras": cameras_read, "first_query": seconds[0],
                     "query_median": float(np.median(seconds[1:])), "query_minimum": min(seconds[1:]),
                     "query_maximum": max(seconds[1:]), "filtered_query_median": float(np.median(filtered[1:])),
                     "floor_median": float(np.median(floor[1:])), "floor_minimum": min(floor[1:])},
+        "of_many": {"queries": _MANY, "repeats": _MANY_REPEATS, "query_median": float(np.median(many[1:])),
+                    "query_minimum": min(many[1:]), "query_maximum": max(many[1:]),
+                    "product_median": float(np.median(product[1:])), "product_minimum": min(product[1:])},
         "floor_over_query_median": float(np.median(ratios)),
         "peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

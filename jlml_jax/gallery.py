@@ -1,4 +1,4 @@
-"""A gallery that lasts: features on disk to which images are added once, and exact nearest neighbours in them.
+"""A gallery that lasts: features on disk to which images are added once.
 
 A gallery is a folder of
   features.f32     the features, little-endian float32 [N, D], row after row; only ever appended to, read by memory map
@@ -14,10 +14,8 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from jlml_jax.errors import UserError
@@ -210,91 +208,3 @@ class Gallery:
                              else np.empty((0, self.dim), np.float32))
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror}); make it readable") from error
-
-
-# What the device takes at a time. On a CPU the differences must stay in the cache: this is what makes a query cost
-# one reading of the features, not three.
-_CPU_CHUNK_BYTES, _CHUNK_BYTES = 4 << 20, 256 << 20
-_EXACT_ROWS = 256  # rows a thread compares in float64 at a time: their differences stay in the cache
-# Float32 sums of D squared differences are within D + 2 roundings of 2^-24 (Higham 2002, section 3.1); this is the
-# share of it that widens the choice of candidates.
-_ROUNDING = 2.0 ** -23
-
-
-@jax.jit
-def _squared_distances(chunk: jax.Array, query: jax.Array) -> jax.Array:
-    """[n, D], [D] -> [n]. From the differences, so that nothing cancels.
-
-    The sum as a product with ones is what XLA makes fast on a CPU.
-    """
-    difference = chunk - query
-    ones = jax.numpy.ones(query.shape, chunk.dtype)
-    return jax.numpy.matmul(difference * difference, ones, precision=jax.lax.Precision.HIGHEST)
-
-
-class NearestNeighbours:
-    """Exact search by L2 distance among `features`, float32 [N, D], on the device, in chunks.
-
-    On a CPU the chunks are views of `features`, so that a memory map is read where it lies. On an accelerator they are
-    kept in its memory if they take less than half of it, else sent for every query.
-    """
-
-    def __init__(self, features: np.ndarray):
-        self._features = features
-        device = jax.local_devices()[0]
-        on_cpu = device.platform == "cpu"
-        rows = (_CPU_CHUNK_BYTES if on_cpu else _CHUNK_BYTES) // (4 * features.shape[1])
-        rows = max(16, rows - rows % 16)  # JAX on a CPU takes what is aligned to 64 bytes as it lies, and copies others
-        self._chunks = [features[start:start + rows] for start in range(0, len(features), rows)]
-        if on_cpu or features.nbytes < (device.memory_stats() or {}).get("bytes_limit", 0) / 2:
-            self._chunks = [jax.device_put(np.asarray(chunk), device, may_alias=True) for chunk in self._chunks]
-
-    def search(self, query: np.ndarray, top_k: int, eligible: np.ndarray | None = None
-               ) -> tuple[np.ndarray, np.ndarray]:
-        """The rows int64 [k] and distances float64 [k] of the `top_k` nearest, nearest first; k is less if N is.
-
-        The device's float32 distances only choose the candidates, with a margin for all their rounding; the candidates'
-        order is by distances in float64, of equal ones the lower row first.
-
-        Args:
-            query: [D].
-            top_k: how many, at least 1.
-            eligible: bool [N], rows that may be found; None: all.
-
-        Raises:
-            ValueError: shapes do not agree, or a value of the query is not finite.
-            UserError: a feature is not finite: what holds it is damaged.
-        """
-        query = np.asarray(query, np.float32)
-        if query.shape != self._features.shape[1:] or not np.isfinite(query).all() or top_k < 1:
-            raise ValueError(f"query must be finite {self._features.shape[1:]} and top_k at least 1, got "
-                             f"{query.shape} and {top_k}")
-        rows = np.arange(len(self._features)) if eligible is None else np.flatnonzero(eligible)
-        if not len(rows):
-            return rows, np.empty(0)
-        # Each is fetched before the next one is sent: what does not fit the device together passes through it.
-        squared = np.concatenate([np.asarray(_squared_distances(chunk, query)) for chunk in self._chunks])
-        suspects = np.flatnonzero(~np.isfinite(squared))  # or only so large that their squares overflow
-        bad = suspects[[not np.isfinite(self._features[row]).all() for row in suspects]]
-        if len(bad):
-            raise UserError(f"the gallery's features are damaged: {len(bad):,} rows are not finite, the first of them "
-                            f"{bad[0]}; make the gallery anew")
-        squared = squared if eligible is None else squared[rows]
-        if len(rows) > top_k:
-            cut = float(np.partition(squared, top_k - 1)[top_k - 1])
-            margin = 1 + 2 * (len(query) + 8) * _ROUNDING
-            rows = rows[squared <= cut * margin + np.finfo(np.float32).tiny * len(query)]
-        distances = self._exact_distances(rows, query)
-        nearest = np.lexsort((rows, distances))[:top_k]
-        return rows[nearest], distances[nearest]
-
-    def _exact_distances(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-        """float64 [M], of rows that are usually few, but all of them where all are about as far."""
-        def squared(part: np.ndarray) -> np.ndarray:
-            difference = self._features[part].astype(np.float64)
-            difference -= query
-            return np.einsum("nd,nd->n", difference, difference)
-
-        with ThreadPoolExecutor() as pool:
-            parts = pool.map(squared, np.split(rows, range(_EXACT_ROWS, len(rows), _EXACT_ROWS)))
-            return np.sqrt(np.concatenate(list(parts)))

@@ -17,7 +17,8 @@ from jlml_jax.errors import UserError, exit_status, first_few, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, embed, embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
 from jlml_jax.files import check_output, refuse_replacing, refuse_replacing_images, user_path
-from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
+from jlml_jax.gallery import Gallery, is_gallery
+from jlml_jax.nearest import NearestNeighbours
 from jlml_jax.reranking import Reranking
 from jlml_jax.search_results import Found, Query
 from jlml_jax.tracks import TrackGallery
@@ -193,13 +194,15 @@ def search(workdir: str, gallery: str, query: str | None, *, top_k: int = 10, ca
         return
     eligible = _eligible_rows(opened, rows, camera, exclude_camera)
     verdicts = _verdicts_on(calibrated, queries, opened, same_person)
-    neighbours, found = NearestNeighbours(opened.features), []
-    for one in tqdm(queries, "searching", unit=" queries", leave=False, disable=None if len(queries) > 1 else True):
-        own = frozenset(image.camera for image in one.images) if exclude_own_camera else frozenset()
-        left_out = _rows_of(one, opened) if exclude_query_images else np.empty(0, int)
-        wanted = max(top_k, RERANKED) if rerank else top_k
-        nearest, distances = neighbours.search(one.feature, wanted + len(left_out), eligible(own))
-        kept = np.flatnonzero(~np.isin(nearest, left_out))[:wanted]
+    left_out = [_rows_of(one, opened) if exclude_query_images else np.empty(0, int) for one in queries]
+    own = [frozenset(image.camera for image in one.images) if exclude_own_camera else frozenset() for one in queries]
+    wanted = max(top_k, RERANKED) if rerank else top_k
+    searches = ((one.feature, wanted + len(own_rows), eligible(own_cameras))
+                for one, own_rows, own_cameras in zip(queries, left_out, own, strict=True))
+    neighbours, found = NearestNeighbours(opened.features).search_many(searches), []
+    bar = tqdm(queries, "searching", unit=" queries", leave=False, disable=None if len(queries) > 1 else True)
+    for one, own_rows, (nearest, distances) in zip(bar, left_out, neighbours, strict=True):
+        kept = np.flatnonzero(~np.isin(nearest, own_rows))[:wanted]
         if rerank:
             kept = kept[_reranked_order(one.feature, opened.features[nearest[kept]])]
         kept = kept[:top_k]

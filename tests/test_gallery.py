@@ -1,4 +1,4 @@
-"""The gallery folder and exact search."""
+"""The gallery folder."""
 
 import signal
 import sqlite3
@@ -7,14 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from processes import child_environment
 
 from jlml_jax import gallery as gallery_module
 from jlml_jax.errors import UserError
-from jlml_jax.gallery import Gallery, NearestNeighbours, is_gallery
+from jlml_jax.gallery import Gallery, is_gallery
 from jlml_jax.user_images import LoadedImage, UserImage
 
 DIM = 16
@@ -205,70 +204,6 @@ def test_a_gallery_is_not_made_amid_other_files(tmp_path):
     (tmp_path / "photo.png").touch()
     with pytest.raises(UserError, match="has files in it"):
         Gallery.create(tmp_path, "f" * 16, DIM)
-
-
-def reference(gallery, query, top_k):
-    """Exact, in extended precision: of equal distances the lower row first."""
-    distances = np.sqrt(((gallery.astype(np.longdouble) - query.astype(np.longdouble)) ** 2).sum(1))
-    order = np.lexsort((np.arange(len(gallery)), distances.astype(np.float64)))[:top_k]
-    return order, distances[order].astype(np.float64)
-
-
-@pytest.mark.parametrize("case", ["random", "far away", "near duplicates", "all equal", "huge"])
-@pytest.mark.parametrize("top_k", [1, 10])
-def test_nearest_neighbours_are_exact(monkeypatch, case, top_k):
-    monkeypatch.setattr(gallery_module, "_CPU_CHUNK_BYTES", 4 * 48 * 64)  # several chunks, and an odd last one
-    rng = np.random.default_rng(0)
-    gallery = rng.standard_normal((1003, 48)).astype(np.float32)
-    query = rng.standard_normal(48).astype(np.float32)
-    if case == "far away":
-        gallery, query = gallery + 1000, query + 1000
-    elif case == "near duplicates":  # of the query, some a last bit apart
-        gallery[::3] = query * (1 + 2.0 ** -23 * rng.integers(-2, 3, (335, 1)))
-    elif case == "all equal":
-        gallery[:] = gallery[0]
-    elif case == "huge":
-        gallery *= 1e30
-    rows, distances = NearestNeighbours(gallery).search(query, top_k)
-    expected_rows, expected_distances = reference(gallery, query, top_k)
-    np.testing.assert_allclose(distances, expected_distances, rtol=1e-12)
-    if case != "near duplicates":  # there, float64 cannot tell some of the distances apart
-        np.testing.assert_array_equal(rows, expected_rows)
-
-
-def test_only_eligible_rows_are_found():  # of equal distances, the lower row first
-    gallery = np.arange(20, dtype=np.float32)[:, None].repeat(4, 1)
-    eligible = np.zeros(20, bool)
-    eligible[[3, 9, 17]] = True
-    search = NearestNeighbours(gallery)
-    rows, distances = search.search(np.full(4, 10, np.float32), 2, eligible)
-    assert rows.tolist() == [9, 3] and distances.tolist() == [2.0, 14.0]
-    assert search.search(np.full(4, 10.5, np.float32), 5, eligible)[0].tolist() == [9, 17, 3]
-    assert len(search.search(np.full(4, 10, np.float32), 5, np.zeros(20, bool))[0]) == 0
-    assert len(NearestNeighbours(gallery[:0]).search(np.zeros(4, np.float32), 5)[0]) == 0
-    for query, top_k in ((np.zeros(3), 1), (np.full(4, np.nan), 1), (np.zeros(4), 0)):
-        with pytest.raises(ValueError, match="query must be finite"):
-            search.search(query, top_k)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_features_that_are_not_finite_are_told_and_not_just_never_found(bad):
-    gallery = np.ones((20, 4), np.float32)
-    gallery[[7, 12], [0, 3]] = bad
-    eligible = np.arange(20) < 5  # what is damaged there may be damaged here
-    for rows in (None, eligible):
-        with pytest.raises(UserError, match="2 rows are not finite, the first of them 7"):
-            NearestNeighbours(gallery).search(np.zeros(4, np.float32), 3, rows)
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU reads the file where it lies")
-def test_a_memory_map_is_searched_where_it_lies(tmp_path):
-    np.random.default_rng(0).standard_normal((5000, 1024), np.float32).tofile(tmp_path / "f")
-    mapped = np.memmap(tmp_path / "f", "<f4", "r", shape=(5000, 1024))
-    chunks = NearestNeighbours(mapped)._chunks
-    assert len(chunks) == 5
-    start = mapped.ctypes.data
-    assert [chunk.unsafe_buffer_pointer() - start for chunk in chunks] == [i * (4 << 20) for i in range(5)]
 
 
 def test_what_another_process_adds_meanwhile_is_not_there_yet(tmp_path):

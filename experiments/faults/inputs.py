@@ -245,7 +245,8 @@ def hdf5(folder: Path) -> Target:
 
 def gallery(folder: Path) -> Target:
     """The database of a gallery, then its features and a search in them."""
-    from jlml_jax.gallery import Gallery, NearestNeighbours
+    from jlml_jax.gallery import Gallery
+    from jlml_jax.nearest import NearestNeighbours
     from jlml_jax.user_images import LoadedImage, UserImage
 
     def entry(number: int) -> LoadedImage:
