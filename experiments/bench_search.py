@@ -70,7 +70,8 @@ def bench(folder: Path, repeats: int) -> dict:
         start = time.perf_counter()
         found = list(neighbours.search_many(searches))
         many.append((time.perf_counter() - start) / _MANY)
-        assert all((gallery.features[rows[0]] == query).all() for (rows, _), (query, *_) in zip(found, searches))
+        assert all((gallery.features[rows[0]] == query).all() for (rows, _), (query, *_) in zip(
+            found, searches, strict=True))
         start = time.perf_counter()
         np.stack([query for query, *_ in searches]) @ gallery.features.T
         product.append((time.perf_counter() - start) / _MANY)
