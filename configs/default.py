@@ -102,14 +102,16 @@ def get_config() -> ConfigDict:
     evaluate.every = 0
     evaluate.normalize = "none"  # none, joint, per_branch: L2 normalisation of the matching feature
     # What BN normalises test images by: run: its running statistics of training; data: those of the tested data set's
-    # training images, without their labels; camera: those of each camera's. Of 1,024 of them at random, at most.
+    # training images, without their labels; camera: those of each camera's. Of 1,024 of them at random, at most. Images
+    # of classes (imagenet2012) are always tested by the run's.
     evaluate.norm_statistics = "run"
     evaluate.flip_average = False  # features are the mean of the image's and its mirror image's
     evaluate.batch_size = 128  # global
     evaluate.max_rank = 50  # to which the report draws the CMC curve; results.json has ranks 1, 5, 10 and 20
     evaluate.datasets = ""  # data sets to be evaluated on besides data.name, in all their trials: viper,grid
     evaluate.extra_gallery = ""  # a data set all of whose images join every gallery as distractors: folder/distractors
-    evaluate.multi_query = "mean"  # Market-1501's, in rows of their own; pooled by mean or max; empty: none
+    # Market-1501's, in rows of their own: a person's matching features pooled by mean or max; empty: none.
+    evaluate.multi_query = "mean"
     # k-reciprocal re-ranking too, in columns of its own; not where a protocol draws one gallery image a person.
     evaluate.reranking = False
     evaluate.baselines = False  # also chance, a colour histogram, the untrained network

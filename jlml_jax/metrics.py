@@ -1,7 +1,8 @@
 """CMC, mAP and mINP of person re-identification: arrays in, numbers out.
 
 Persons are identities >= 1. Identity 0 is a distractor: always wrong, never one person. Identity -1 is junk: ignored.
-A gallery image with the query's identity and camera is ignored. On equal distances the wrong image ranks first.
+A gallery image with the query's identity and camera is ignored. On equal distances the wrong image ranks first. (Those
+computed here from features may differ in the last bits for two images that are the same.)
 """
 
 import dataclasses
@@ -151,7 +152,7 @@ def rank_metrics(
     labels = _labels(distances.shape, query_ids, gallery_ids, query_cameras, gallery_cameras)
 
     def distances_to(columns: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        if len(columns) < distances.shape[1]:
+        if not np.array_equal(columns, np.arange(distances.shape[1])):
             return lambda rows: distances[rows[:, None], columns]
         # Of rows side by side, as they mostly are, no copy.
         return lambda rows: distances[rows[0]:rows[-1] + 1] if rows[-1] - rows[0] < len(rows) else distances[rows]

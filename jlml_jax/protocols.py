@@ -312,6 +312,12 @@ def _cuhk03(name: str, data: ml_collections.ConfigDict) -> Protocol:
 def _imagenet(name: str, data: ml_collections.ConfigDict) -> Protocol:
     """Classification: the data set's own training and validation images."""
     splits = datasets.load(name, ("train", "validation"), data.data_dir)
+    unknown = np.setdiff1d(splits["validation"].identities, splits["train"].identities)
+    if unknown.size:
+        classes = datasets.metadata(name, data.data_dir)["classes"]
+        lacking = first_few([classes[number - 1] for number in unknown])
+        raise UserError(f"{name} has validation images, but no training images, of {unknown.size} classes: {lacking}; "
+                        "add these and prepare it again with --overwrite")
     incomplete = _incomplete(name, data)
     return Protocol(1, lambda number: Trial(name, "classification", number, **splits, incomplete=incomplete))
 

@@ -237,6 +237,12 @@ def test_single_gallery_shot_equals_brute_force():
     assert_equal(metrics.rank_metrics(matrix, *labels, max_rank=20, single_gallery_shot=True, seed=3), expected)
 
 
+def test_where_a_person_has_one_image_the_single_shot_is_the_gallery_in_whatever_order():
+    labels, matrix = ([2, 1], [2, 1, 3, 0], [1, 1], [2, 2, 2, 2]), [[0, 1, 2, 3], [1, 0, 2, 3]]
+    once = metrics.rank_metrics(matrix, *labels, max_rank=3, single_gallery_shot=True)
+    assert once.cmc.tolist() == [1, 1, 1] and once.mean_ap == 1
+
+
 def test_single_gallery_shot_draws():
     gallery_ids = np.array([7, 0, 2, 7, -1, 0, 7, 2, 9])
     draws = list(metrics._single_shot_draws(gallery_ids, 400, seed=0))

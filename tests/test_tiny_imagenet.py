@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from tiny_imagenet_miniature import VALIDATION, WNIDS, write_annotations, write_tiny_imagenet
 
-from jlml_jax import datasets, prepare
+from configs import default
+from jlml_jax import datasets, prepare, protocols
 from jlml_jax.datasets.tiny_imagenet import ANNOTATIONS, ROOT, TinyImagenet
+from jlml_jax.errors import UserError
 
 
 @pytest.fixture
@@ -110,6 +112,17 @@ def test_strays_are_reported(capsys, original, tmp_path):
 def test_wrong_counts(refused, original, arguments):
     (original / "train" / "n01443537" / "images" / "n01443537_499.JPEG").unlink()
     assert "train has 11 images instead of 12;" in refused(*arguments)
+
+
+def test_a_class_without_training_images_is_refused(original, tmp_path):
+    """Its validation images would count as another class's."""
+    for path in (original / "train" / "n02124075" / "images").iterdir():
+        path.unlink()
+    prepare.prepare("tiny_imagenet", original, tmp_path / "data", incomplete="a class is missing")
+    config = default.get_config().data
+    config.data_dir = str(tmp_path / "data")
+    with pytest.raises(UserError, match="no training images, of 1 classes: n02124075; add these and prepare it again"):
+        protocols.load("tiny_imagenet", config)
 
 
 def test_undecodable_images(refused, original, arguments, tmp_path):
