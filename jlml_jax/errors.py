@@ -6,8 +6,10 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -94,7 +96,22 @@ def _end_at_once_from_now_on() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _leave(number: int, _frame: object) -> None:
+def _leave(number: int, frame: FrameType | None) -> None:
+    if _is_ignored_in(frame):
+        threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+        return
     _end_at_once_from_now_on()
     print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _is_ignored_in(frame: FrameType | None) -> bool:
+    """Whether Python prints what is raised there, and goes on: in finalisers, and where garbage is collected.
+
+    JAX is called back by every collection, before which Python looks at no signals: long ones meet many.
+    """
+    while frame is not None:
+        if frame.f_code.co_name in ("__del__", "_xla_gc_callback"):
+            return True
+        frame = frame.f_back
+    return False

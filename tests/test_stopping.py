@@ -10,7 +10,7 @@ import pytest
 from processes import ROOT, child_environment, run_program
 
 COMMAND = """
-import sys, threading, time
+import gc, sys, threading, time
 from jlml_jax.errors import exit_status
 from jlml_jax.stopping import StopRequest
 
@@ -20,6 +20,10 @@ def ready():
 def works():
     ready()
     time.sleep(60)
+
+def pauses():
+    ready()
+    time.sleep(0.5)
 
 def cleans_up():
     try:
@@ -41,7 +45,24 @@ def is_done():
     # Python waits for such a thread on its way out.
     threading.Thread(target=lambda: (time.sleep(0.5), ready(), time.sleep(60))).start()
 
-sys.exit(exit_status({"is done": is_done, "works": works, "cleans up": cleans_up, "trains": trains}[sys.argv[1]]))
+def collects_garbage():
+    import jax
+    from jaxlib import xla_client
+    called_by_jax, xla_client._xla.collect_garbage = xla_client._xla.collect_garbage, pauses
+    gc.collect()
+    xla_client._xla.collect_garbage = called_by_jax
+    time.sleep(60)
+
+def finalises():
+    class Finalised:
+        def __del__(self):
+            pauses()
+
+    Finalised()
+    time.sleep(60)
+
+sys.exit(exit_status({"is done": is_done, "works": works, "cleans up": cleans_up, "trains": trains,
+                      "collects garbage": collects_garbage, "finalises": finalises}[sys.argv[1]]))
 """
 
 
@@ -74,8 +95,9 @@ def start():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_command_with_its_status_and_one_line(start, number):
-    process = start("works")
+@pytest.mark.parametrize("command", ["works", "collects garbage", "finalises"])  # Python ignores what these two raise
+def test_a_signal_ends_a_command_with_its_status_and_one_line(start, command, number):
+    process = start(command)
     process.send_signal(number)
     assert process.communicate(timeout=20)[1] == f"stopped by {number.name}\n"
     assert process.returncode == 128 + number
