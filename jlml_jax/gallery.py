@@ -66,6 +66,9 @@ class Gallery:
         if len(models) != 1 or not isinstance(models[0][0], str) or models[0][1] not in range(1, _MAX_DIM):
             raise self._damaged(f"its model is {models[:2]}")
         (self.fingerprint, self.dim), = models
+        (count, last), = self._query("SELECT count(*), max(row) FROM images")
+        if count and last != count - 1:
+            raise self._damaged(f"it has {count:,} rows, the last of them {last}")
         self._map()
 
     @classmethod
@@ -199,9 +202,9 @@ class Gallery:
         return UserError(f"{self.folder / _DATABASE} is damaged ({why}); make the gallery anew")
 
     def _map(self) -> None:
-        (count, last), = self._query("SELECT count(*), max(row) FROM images")
-        path = self.folder / _FEATURES
-        if count and (last != count - 1 or not path.is_file() or path.stat().st_size < count * self.dim * 4):
+        (last,), = self._query("SELECT max(row) FROM images")  # counting would read all of them, with every batch
+        count, path = 0 if last is None else last + 1, self.folder / _FEATURES
+        if count and (not path.is_file() or path.stat().st_size < count * self.dim * 4):
             raise UserError(f"{path} does not have the {count:,} rows of {_DATABASE}; make the gallery anew")
         try:
             self.features = (np.memmap(path, "<f4", "r", shape=(count, self.dim)) if count

@@ -206,6 +206,33 @@ def test_a_gallery_is_not_made_amid_other_files(tmp_path):
         Gallery.create(tmp_path, "f" * 16, DIM)
 
 
+def test_a_row_that_is_missing_is_told(tmp_path):
+    opened = filled(tmp_path)
+    opened._database.execute("DELETE FROM images WHERE row = 2")
+    opened.close()
+    with pytest.raises(UserError, match=r"is damaged \(it has 4 rows, the last of them 4\); make the gallery anew"):
+        Gallery(tmp_path)
+
+
+def test_adding_does_not_read_all_that_is_there(tmp_path):
+    """By the steps of SQLite's machine, which a count of the rows takes one of for each."""
+    opened = Gallery.create(tmp_path / "g", "f" * 16, DIM)
+    steps = []
+    for first in (0, 30, 60, 90):
+        count = 0
+
+        def step():
+            nonlocal count
+            count += 1
+
+        with opened.writing():
+            opened._database.set_progress_handler(step, 1)
+            opened.add(entries(first, 30), features(first, 30))
+            opened._database.set_progress_handler(None, 1)
+        steps.append(count)
+    assert steps[-1] - steps[0] < 30
+
+
 def test_what_another_process_adds_meanwhile_is_not_there_yet(tmp_path):
     opened = filled(tmp_path)
     other = Gallery(tmp_path)
