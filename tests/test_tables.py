@@ -456,6 +456,44 @@ def test_a_study_of_the_evaluation_trains_nothing(copied, arguments, monkeypatch
     assert lines["none, joint", "single", "rank1"]["citation"] == ""
 
 
+def test_an_evaluation_of_weights_that_the_full_run_has_no_more_is_no_result(copied, arguments, no_training, capsys):
+    full, row = (copied / DATASET / name / "seed-0" for name in ("jlml", "normalize_joint"))
+    shutil.copytree(full, row)
+    config = json.loads((row / "config.json").read_text())
+    config["evaluate"]["normalize"] = "joint"
+    (row / "config.json").write_text(json.dumps(config))
+    (row / "results.json").touch()
+    command_line = "--table=normalize", "--only=normalize_joint", f"--workdir={copied}", *arguments
+    assert run(*command_line) == 0
+    digests = full / "checkpoints" / "4" / "sha256.json"
+    digests.write_text(digests.read_text().replace("a", "b"))  # as if the full run were trained anew
+    capsys.readouterr()
+    assert run(*command_line) == 2
+    reason = f"{row} has other weights than {full}, which it is to evaluate; delete it"
+    assert reason in capsys.readouterr().err
+    assert reason in (copied / DATASET / "table_normalize.md").read_text()
+    assert not no_training
+    shutil.rmtree(row)
+    run(*command_line)
+    assert no_training == ["normalize_joint"]
+    assert (row / "checkpoints" / "4" / "sha256.json").read_text() == digests.read_text()
+
+
+def test_each_trial_is_compared_with_the_weights_that_it_evaluates(tmp_path):
+    config = market1501.get_config()
+    config.data.name, config.data.trials = "viper", "0-1"
+    full, one, _ = plan.plan_runs(plan.TABLES["normalize"], config, tmp_path, [0])
+    for each in (full, one):
+        write_run(each, {0: 0.5, 1: 0.6, 2: 0.7}, normalize=each.config.evaluate.normalize)
+        for folder in each.folder.glob("trial-*/checkpoints/*"):
+            (folder / "sha256.json").write_text(folder.parents[1].name)
+    for trial in (2, 1):  # 2 is not asked for
+        assert one.missing() == ""
+        digests = full.folder / f"trial-{trial:02d}" / "checkpoints" / str(config.train.steps) / "sha256.json"
+        digests.write_text("of another training")
+    assert "has other weights than" in one.missing() and full.missing() == ""
+
+
 def test_a_study_of_an_evaluation_needs_the_trained_run(tmp_path, arguments, no_training, capsys):
     assert run("--table=normalize", "--only=normalize_joint", f"--workdir={tmp_path}", *arguments) == 2
     assert "jlml/seed-0, which has its weights, is not trained" in capsys.readouterr().err

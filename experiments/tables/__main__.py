@@ -126,6 +126,8 @@ def _make(run: Run) -> str:
             with new_folder(run.folder, "--workdir") as part:
                 shutil.copytree(run.trained_in, part, dirs_exist_ok=True,
                                 ignore=shutil.ignore_patterns(RESULTS, "lock"))
+        elif other := run.other_weights():
+            return other
         train_and_evaluate(run.config, run.folder)
     except UserError as error:
         return " ".join(str(error).split())

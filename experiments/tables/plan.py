@@ -174,13 +174,33 @@ class Run:
 
     def trials(self) -> list[Path]:
         """The folders of the trials asked for, as far as they are begun; the run's own where there are no trials."""
-        folders = sorted(self.folder.glob("trial-*"))
+        return self._trials_in(self.folder)
+
+    def _trials_in(self, run: Path) -> list[Path]:
+        folders = sorted(run.glob("trial-*"))
         if (asked := chosen_trials(self.config.data.trials)) is not None:
             folders = [folder for folder in folders if int(folder.name.removeprefix("trial-")) in asked]
-        return folders or [self.folder]
+        return folders or [run]
+
+    def other_weights(self) -> str:
+        """In one line, that the run is an evaluation of other weights than `trained_in` has; empty if it is not."""
+        if self.trained_in is None:
+            return ""
+        for trained in self._trials_in(self.trained_in):
+            # A copy has the digests of what it was copied from; those of another training differ.
+            digests = Path("checkpoints") / str(latest_step(trained)) / "sha256.json"
+            original, copy = (folder / digests for folder in (
+                trained, self.folder / trained.relative_to(self.trained_in)))
+            if original.exists() and not (copy.exists() and copy.read_bytes() == original.read_bytes()):
+                return (f"{self.folder} has other weights than {self.trained_in}, which it is to evaluate; delete it, "
+                        "and it is made of these")
+        return ""
 
     def missing(self) -> str:
-        """What the run lacks, in one line; empty if it is trained to the end and evaluated, and by this very config."""
+        """What the run lacks, in one line; empty if it is trained to the end and evaluated, and by this very config.
+
+        A run that is only evaluated must have the weights that `trained_in` has.
+        """
         config, results = self.folder / CONFIG, self.folder / RESULTS
         try:
             made = json.loads(config.read_text())
@@ -190,6 +210,8 @@ class Run:
             return f"{config} is damaged"
         if differing := self._differing(made):
             return f"{self.folder} was made by another config: {first_few(differing)}"
+        if other := self.other_weights():
+            return other
         total = self.config.train.steps
         for folder in self.trials():
             if (steps := latest_step(folder) or 0) < total:
