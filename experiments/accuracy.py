@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.tables import published
-from experiments.tables.plan import BENCHMARKS, training_seconds, without_paths
+from experiments.tables.plan import BENCHMARKS, SEEN_IN_RESULTS, is_evaluated, training_seconds, without_paths
 from experiments.tables.report import markdown_table
 from jlml_jax.arguments import Parser
-from jlml_jax.checkpoints import CONFIG, latest_step, read_results, with_defaults
-from jlml_jax.errors import UserError, exit_status
+from jlml_jax.checkpoints import CONFIG, latest_step, read_results, trial_folder, with_defaults
+from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.files import write_atomically
 from jlml_jax.logs import read_training
 from jlml_jax.protocols import joined_name
@@ -34,6 +34,7 @@ from jlml_jax.result_rows import (
 
 FOLDER = Path(__file__).parent / "results" / "accuracy"
 PAGE = FOLDER.with_suffix(".md")
+FINISHED = "finished"
 
 # Fields that no recipe consists of: who runs it, where, how its progress is told, and what has a column of its own.
 _NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.joined_splits", "data.data_dir", "data.trials",
@@ -46,24 +47,22 @@ _SHOWN = (*(score for score in SCORES if score != "mean_inp"), f"{RERANKED}rank1
 
 
 def make_record(folder: Path) -> dict[str, Any]:
-    """What is kept of the run in `folder`, as JSON."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no run's folder: {CONFIG}: {error}; give the --workdir of a run") from error
-    fields = with_defaults(config)
+    """What is kept of the run in `folder`, as JSON; it has rows if all that is there is trained and evaluated.
+
+    Raises:
+        UserError: `folder` is no run's, or a file in it is damaged.
+    """
+    fields = _read_fields(folder)
     defaults = with_defaults({})
     parts = sorted(folder.glob("trial-*")) or [folder]
     lines = [line for part in parts for line in read_training(part)]
     rates = [line["images_per_second"] for line in lines]
-    steps = [latest_step(part) or 0 for part in parts]
     total = fields["train.steps"]
-    results = read_results(folder)
-    finished = results is not None and min(steps) >= total and results["provenance"].get("steps", total) >= total
+    results, state = read_results(folder), _state(folder, parts, fields)
+    finished = state == FINISHED
     return {
         "run": folder.name,
-        "state": "finished" if finished else f"stopped: {sum(done >= total for done in steps)} of {len(parts)} trials "
-                 f"finished, the others at step {min(steps)} of {total}",
+        "state": state,
         "dataset": joined_name(fields["data.name"], fields["data.joined_splits"]), "seed": fields["seed"],
         "init_from": Path(fields["init_from"]).name,
         "held_out_identities": fields["data.held_out_identities"],
@@ -78,6 +77,42 @@ def make_record(folder: Path) -> dict[str, Any]:
         "rows": results["rows"] if finished else [],
         "provenance": without_paths(results["provenance"]) if finished else {},
     }
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
+    try:
+        return with_defaults(json.loads((folder / CONFIG).read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no run's folder: {CONFIG}: {error}; give the --workdir of a run") from error
+
+
+def _state(folder: Path, parts: Sequence[Path], fields: dict[str, Any]) -> str:
+    """FINISHED, or why the results in `folder` are not of all `parts`, trained and evaluated as `fields` say."""
+    total, steps = fields["train.steps"], [latest_step(part) or 0 for part in parts]
+    if min(steps) < total:
+        return (f"stopped: {sum(done >= total for done in steps)} of {len(parts)} trials finished, the others at step "
+                f"{min(steps)} of {total}")
+    lacking = []
+    for part in dict.fromkeys((*parts, folder)):
+        if not is_evaluated(part):
+            lacking.append(f"{part.name} is not evaluated since its {CONFIG} was written")
+        elif (evaluated := read_results(part)["provenance"].get("steps", total)) < total:
+            lacking.append(f"{part.name} is evaluated at step {evaluated} of {total}")
+        elif differing := [field for field in SEEN_IN_RESULTS if _read_fields(part)[field] != fields[field]]:
+            lacking.append(f"{part.name} is evaluated by another {first_few(differing)}")
+    if not lacking:
+        tested = {trial_folder(number) for number in _networks(read_results(folder)["rows"])}
+        lacking = [f"{part.name} has no rows" for part in parts if part != folder and part.name not in tested]
+    return f"to be evaluated again: {first_few(lacking)}" if lacking else FINISHED
+
+
+def _network(row: dict[str, Any]) -> int | str | None:
+    """The trial that the row's network was trained on; mean: of several."""
+    return row.get("trained_trial") if "trained_on" in row else row["trial"]
+
+
+def _networks(rows: Sequence[dict[str, Any]]) -> set[int]:
+    return {number for number in map(_network, rows) if isinstance(number, int)}
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
@@ -106,6 +141,9 @@ def page(records: Sequence[dict[str, Any]]) -> str:
 
 def _line(record: dict[str, Any], row: dict[str, Any]) -> list[str]:
     protocol = row["protocol"] + (f", {averaged}" if (averaged := averaged_over(row)) else "")
+    # Without the mean over a run's trials, there would be lines that look the same.
+    if isinstance(number := _network(row), int) and (number or len(_networks(record["rows"])) > 1):
+        protocol += f", network of trial {number}" if "trained_on" in row else f", trial {number}"
     protocol += f", {statistics}" if (statistics := norm_statistics_of(row)) else ""
     return [record["run"], row.get("trained_on", record["dataset"]), protocol, row["feature"],
             *(format_score(row, score) if score in row else "" for score in _SHOWN)]
@@ -153,6 +191,8 @@ def _command(argv: Sequence[str]) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for record in records:
         write_atomically(FOLDER / f"{record['run']}.json", json.dumps(record, indent=1) + "\n")
+        if record["state"] != FINISHED:
+            print(f"{record['run']} is shown without figures: {record['state']}")
     kept = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
     if not kept:
         raise UserError(f"{FOLDER} has no run; give the folder of one")

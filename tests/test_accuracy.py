@@ -1,6 +1,8 @@
 """The page of the runs on real images."""
 
+import itertools
 import json
+import os
 
 import pytest
 
@@ -32,6 +34,22 @@ def _run(folder, rows=None, steps=150, **fields):
                        "--config.train.steps=150",
             "commit": "0123456789ab", "hardware": {"devices": 1, "device_kind": "cpu", "cpus": 2}}}))
     return folder
+
+
+def _trials(folder, numbers=(0, 1), rows=None, **fields):
+    """The folder of several trials, each evaluated, and all together."""
+    _run(folder, **fields)
+    for number in numbers:
+        _run(folder / f"trial-{number:02d}", [_row(number)], **fields)
+    deviations = {f"{score}_std": 0.0 for score in SCORES}
+    rows = rows or [*map(_row, numbers), _row("mean", trials=list(numbers)) | deviations]
+    (folder / "results.json").write_text(json.dumps({"rows": rows, "provenance": {"command": "", "steps": 150}}))
+    return folder
+
+
+def _written_after(path, other):
+    """Times of files are too coarse for a test to go by."""
+    os.utime(path, ns=2 * (other.stat().st_mtime_ns + 10**9,))
 
 
 @pytest.fixture
@@ -66,6 +84,77 @@ def test_results_of_fewer_steps_are_not_those_of_a_finished_run(tmp_path, kept):
     (folder / "results.json").write_text(json.dumps(results))
     assert accuracy.main([str(folder)]) == 0
     assert "45.7" not in (kept / "accuracy.md").read_text()
+
+
+def test_results_from_before_the_config_are_not_of_its_recipe(tmp_path, kept, run_command):
+    folder = _run(tmp_path / "modern", [_row(value=0.4567)])
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"norm_statistics": "run"', '"norm_statistics": "camera"'))
+    _written_after(config, folder / "results.json")
+    status, told, _ = run_command(accuracy, folder)
+    reason = "to be evaluated again: modern is not evaluated since its config.json was written"
+    assert status == 0 and f"modern is shown without figures: {reason}" in told
+    page = (kept / "accuracy.md").read_text()
+    assert reason in page and "45.7" not in page
+    _written_after(folder / "results.json", config)
+    assert accuracy.main([str(folder)]) == 0
+    assert "45.7" in (kept / "accuracy.md").read_text()
+
+
+def test_trials_evaluated_one_after_the_other_are_a_finished_run(tmp_path):
+    folder = _trials(tmp_path / "trials")
+    written = [path / name for path, name in (  # by a call on the second trial
+        (folder, "config.json"), (folder / "trial-01", "config.json"), (folder / "trial-01", "results.json"),
+        (folder, "results.json"))]
+    _written_after(written[0], written[-1])
+    for before, after in itertools.pairwise(written[:-1]):
+        _written_after(after, before)
+    assert accuracy.make_record(folder)["state"] != "finished"
+    _written_after(written[-1], written[-2])
+    assert accuracy.make_record(folder)["state"] == "finished"
+
+
+@pytest.mark.parametrize(("fault", "reason"), [
+    ("config", "trial-01 is not evaluated since its config.json was written"),
+    ("results", "trial-01 is not evaluated since"),
+    ("steps", "trial-01 is evaluated at step 100 of 150"),
+    ("settings", "trial-01 is evaluated by another evaluate.flip_average"),
+    ("rows", "trial-01 has no rows"),
+])
+def test_every_trial_is_evaluated_as_the_run_says(tmp_path, fault, reason):
+    folder = _trials(tmp_path / "trials", rows=[_row(0)] if fault == "rows" else None)
+    config, results = (folder / "trial-01" / name for name in ("config.json", "results.json"))
+    if fault == "config":
+        _written_after(config, results)
+    elif fault == "results":
+        results.unlink()
+    elif fault == "steps":
+        results.write_text(json.dumps({"rows": [_row(1)], "provenance": {"steps": 100}}))
+    elif fault == "settings":
+        config.write_text(config.read_text().replace('"flip_average": false', '"flip_average": true'))
+        _written_after(results, config)
+    record = accuracy.make_record(folder)
+    assert record["state"].startswith("to be evaluated again: ") and reason in record["state"]
+    assert not record["rows"]
+
+
+def test_a_single_trial_is_named(tmp_path, kept):
+    folders = [_trials(tmp_path / "fourth", [3], rows=[_row(3)]), _run(tmp_path / "only", [_row()])]
+    of_others = [_row(trained_on="market1501", trained_trial=0) | {"dataset": "viper"}]
+    folders.append(_trials(tmp_path / "several", rows=[_row(0), _row(1), *of_others]))
+    assert accuracy.main(list(map(str, folders))) == 0
+    page = (kept / "accuracy.md").read_text()
+    assert "| fourth | market1501 | single-query, trial 3 |" in page
+    assert "| only | market1501 | single-query |" in page
+    for number in (0, 1):
+        assert f"| several | market1501 | single-query, trial {number} |" in page
+    assert "| several | market1501 | single-query, network of trial 0 |" in page
+
+
+def test_the_committed_page_is_of_the_committed_records():
+    kept = [json.loads(path.read_text()) for path in sorted(accuracy.FOLDER.glob("*.json"))]
+    assert len(kept) > 100
+    assert accuracy.page(kept) == accuracy.PAGE.read_text()
 
 
 def test_a_test_of_others_is_not_of_people_held_out(tmp_path, kept):

@@ -201,7 +201,7 @@ class Run:
 
         A run that is only evaluated must have the weights that `trained_in` has.
         """
-        config, results = self.folder / CONFIG, self.folder / RESULTS
+        config = self.folder / CONFIG
         try:
             made = json.loads(config.read_text())
         except FileNotFoundError:
@@ -217,8 +217,7 @@ class Run:
             if (steps := latest_step(folder) or 0) < total:
                 name = f"{folder.name} is at " if folder != self.folder else ""
                 return f"unfinished: {name}step {steps} of {total}"
-        # A run's folder gets its config at the start of every call, and its results at the end, after all trials'.
-        if not results.exists() or results.stat().st_mtime_ns < config.stat().st_mtime_ns:
+        if not is_evaluated(self.folder):
             return "unfinished: not all that is trained is evaluated"
         return ""
 
@@ -227,7 +226,7 @@ class Run:
         several = any(self.folder.glob("trial-*"))
         return [f"{field} ({old.get(field)!r} there, {new.get(field)!r} here)" for field in sorted(old | new)
                 if old.get(field) != new.get(field)
-                and (field in _SEEN_IN_RESULTS or not field.startswith(FREE_FIELDS))
+                and (field in SEEN_IN_RESULTS or not field.startswith(FREE_FIELDS))
                 and (several or field != "data.trials")]  # "all" and "0" are the same where there is one trial
 
     def results(self) -> list[dict[str, Any]]:
@@ -265,8 +264,16 @@ def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-_SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.norm_statistics", "evaluate.flip_average", "evaluate.multi_query",
-                    "evaluate.extra_gallery")
+# Of the fields that may differ between calls on a run, those that its results depend on.
+SEEN_IN_RESULTS = ("evaluate.normalize", "evaluate.norm_statistics", "evaluate.flip_average", "evaluate.multi_query",
+                   "evaluate.extra_gallery")
+
+
+def is_evaluated(folder: Path) -> bool:
+    """Whether the results in the folder of a run, or of a trial's, are of the config there."""
+    # It gets its config at the start of every call, and its results at the end, after all trials'.
+    config, results = folder / CONFIG, folder / RESULTS
+    return results.exists() and results.stat().st_mtime_ns >= config.stat().st_mtime_ns
 
 
 def training_seconds(parts: Sequence[Path], batch_size: int) -> float:
