@@ -40,8 +40,8 @@ FINISHED = "finished"
 _NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.joined_splits", "data.data_dir", "data.trials",
                "data.loader", "log_every", "checkpoint_every", "keep_checkpoints", "profile", "compilation_cache",
                "evaluate.datasets", "evaluate.picture", "evaluate.baselines", "evaluate.batch_size",
-               "evaluate.reranking", "evaluate.multi_query", "evaluate.extra_gallery", "evaluate.every",
-               "data.held_out_identities", "data.height", "data.width", "train.steps", "train.batch_size")
+               "evaluate.reranking", "evaluate.extra_gallery", "evaluate.every", "data.held_out_identities",
+               "data.height", "data.width", "train.steps", "train.batch_size")
 _SHOWN = (*(score for score in SCORES if score != "mean_inp"), f"{RERANKED}rank1", f"{RERANKED}mean_ap",
           *ACCURACIES)
 
@@ -67,7 +67,8 @@ def make_record(folder: Path) -> dict[str, Any]:
         "init_from": Path(fields["init_from"]).name,
         "held_out_identities": fields["data.held_out_identities"],
         "recipe": {name: value for name, value in fields.items()
-                   if name not in _NOT_RECIPE and value != defaults.get(name)},
+                   # Where evaluate.multi_query is empty, there are no rows whose recipe it could be.
+                   if name not in _NOT_RECIPE and value not in ("", defaults.get(name))},
         "steps": total, "batch_size": fields["train.batch_size"],
         "size": [fields["data.height"], fields["data.width"]],
         "images_per_second": statistics.median_high(rates) if rates else None,

@@ -164,6 +164,14 @@ def test_a_test_of_others_is_not_of_people_held_out(tmp_path, kept):
     assert titles[:2] == ["## viper", "## market1501, people held out of the training set"]
 
 
+@pytest.mark.parametrize(("pooling", "told"), [("mean", ""), ("max", "evaluate.multi_query max"), ("", "")])
+def test_how_multi_queries_are_pooled_is_told_unless_by_their_mean(tmp_path, kept, pooling, told):
+    rows = [_row(), *([_row(protocol="multi-query")] if pooling else [])]
+    assert accuracy.main([str(_run(tmp_path / "pooled", rows, **{"evaluate.multi_query": pooling}))]) == 0
+    page = (kept / "accuracy.md").read_text()
+    assert f"**pooled**: {told or 'as published'}\n" in page
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json"])
 def test_a_damaged_file_is_told(tmp_path, kept, refused_by, name):
     folder = _run(tmp_path / "modern", [_row()])
