@@ -2,7 +2,7 @@
 
 Takes what each run's folder says of it (results, config, speed, provenance; how far it came, if it did not end) into
 experiments/results/accuracy/RUN.json, without the paths of this machine, and writes experiments/results/accuracy.md
-from all that lie there. Without RUN the page alone is written again.
+from all that lie there; what is kept of another run is not replaced. Without RUN the page alone is written again.
 """
 
 import json
@@ -42,6 +42,7 @@ _NOT_RECIPE = ("name", "seed", "init_from", "data.name", "data.joined_splits", "
                "evaluate.datasets", "evaluate.picture", "evaluate.baselines", "evaluate.batch_size",
                "evaluate.reranking", "evaluate.extra_gallery", "evaluate.every", "data.held_out_identities",
                "data.height", "data.width", "train.steps", "train.batch_size")
+_OF_RUN = ("dataset", "seed", "init_from", "held_out_identities", "steps", "batch_size", "size")  # and the recipe
 _SHOWN = (*(score for score in SCORES if score != "mean_inp"), f"{RERANKED}rank1", f"{RERANKED}mean_ap",
           *ACCURACIES)
 
@@ -185,10 +186,43 @@ def _recipe(record: dict[str, Any]) -> str:
     return f"**{record['run']}**: {recipe}" + ("\n\n```\n{}\n```".format("\n".join(commands)) if commands else "")
 
 
+_RENAME = "give one by a link (ln -s) that has a name of its own"
+
+
+def _refuse_other_run(record: dict[str, Any]) -> None:
+    """A UserError if what is kept by the name of `record` is of a run of another config, or trained on other data."""
+    path = FOLDER / f"{record['run']}.json"
+    if not path.exists():
+        return
+    kept = json.loads(path.read_text())
+    old, new = ({name: one[name] for name in _OF_RUN} | one["recipe"] for one in (kept, record))
+    differing = [f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in sorted(old | new)
+                 if old.get(name) != new.get(name)]
+    old, new = map(_trained_on, (kept, record))
+    if old and new and old.isdisjoint(new):  # the same run may have got further trials
+        differing.append("other images or people trained on")
+    if differing:
+        raise UserError(f"{path} is of another run: {first_few(differing)}; {_RENAME}, or delete that file to replace "
+                        "it")
+
+
+def _trained_on(record: dict[str, Any]) -> set[str]:
+    """The fingerprints of what a run, or each of its trials, was trained on; empty if the record has none."""
+    found = record["provenance"].get("train_fingerprint", [])
+    return {found} if isinstance(found, str) else set(found)
+
+
 def _command(argv: Sequence[str]) -> None:
     parser = Parser("experiments.accuracy", __doc__)
     parser.add_argument("run", nargs="*", type=Path, help="the folder of a run")
-    records = list(map(make_record, parser.parse_args(argv).run))
+    folders: dict[str, Path] = {}
+    for folder in parser.parse_args(argv).run:
+        if folder.name in folders:
+            raise UserError(f"{folders[folder.name]} and {folder} would both be kept as {folder.name}.json; {_RENAME}")
+        folders[folder.name] = folder
+    records = list(map(make_record, folders.values()))
+    for record in records:
+        _refuse_other_run(record)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for record in records:
         write_atomically(FOLDER / f"{record['run']}.json", json.dumps(record, indent=1) + "\n")

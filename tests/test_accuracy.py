@@ -252,6 +252,53 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, kept, refused_
     assert not (kept / "accuracy.md").exists()
 
 
+def test_two_runs_of_one_name_are_refused(tmp_path, kept, refused_by, run_command):
+    folders = [_run(tmp_path / row / "seed-0", [_row()]) for row in ("jlml", "uni_loss")]
+    error = refused_by(accuracy, *folders)
+    assert f"{folders[0]} and {folders[1]} would both be kept as seed-0.json" in error and "ln -s" in error
+    assert not kept.exists()
+    link = tmp_path / "uni_loss_seed-0"
+    link.symlink_to(folders[1])
+    assert run_command(accuracy, folders[0], link)[0] == 0
+    assert {path.stem for path in (kept / "accuracy").iterdir()} == {"seed-0", "uni_loss_seed-0"}
+
+
+@pytest.mark.parametrize(("fields", "fingerprint", "told"), [
+    ({"model.loss": "uni"}, "a", "model.loss (None there, 'uni' here)"),
+    ({"evaluate.normalize": "joint"}, "a", "evaluate.normalize"),
+    ({"data.name": "viper"}, "a", "dataset ('market1501' there, 'viper' here)"),
+    ({"seed": 1}, "a", "seed (0 there, 1 here)"),
+    ({}, "b", "other images or people trained on"),
+])
+def test_a_name_that_is_another_runs_is_refused(tmp_path, kept, refused_by, run_command, fields, fingerprint, told):
+    def trained_on(folder, fingerprint):
+        results = json.loads((folder / "results.json").read_text())
+        results["provenance"]["train_fingerprint"] = fingerprint
+        (folder / "results.json").write_text(json.dumps(results))
+        return folder
+
+    first = trained_on(_run(tmp_path / "first" / "seed-0", [_row()]), "a")
+    assert run_command(accuracy, first)[0] == 0
+    before = (kept / "accuracy" / "seed-0.json").read_text()
+    other = trained_on(_run(tmp_path / "other" / "seed-0", [_row()], **fields), fingerprint)
+    third = _run(tmp_path / "third", [_row()])
+    error = refused_by(accuracy, third, other)
+    assert f"{kept / 'accuracy' / 'seed-0.json'} is of another run: {told}" in error and "delete that file" in error
+    assert (kept / "accuracy" / "seed-0.json").read_text() == before
+    assert not (kept / "accuracy" / "third.json").exists()
+
+
+def test_a_run_is_kept_again_with_further_rows_and_trials(tmp_path, kept, run_command):
+    folder = _run(tmp_path / "modern", steps=100)
+    assert run_command(accuracy, folder)[0] == 0
+    (folder / "checkpoints" / "150").mkdir()
+    for fingerprint, rank1 in (("a", 0.25), ("a", 0.5), (["a", "b"], 0.75)):
+        results = {"rows": [_row(value=rank1)], "provenance": {"command": "", "train_fingerprint": fingerprint}}
+        (folder / "results.json").write_text(json.dumps(results))
+        assert run_command(accuracy, folder)[0] == 0
+        assert f"| joint | {100 * rank1:.1f} |" in (kept / "accuracy.md").read_text()
+
+
 def test_steps_without_a_rate_take_that_of_others_and_a_line_cut_short_is_left_out(tmp_path, kept):
     folder = _run(tmp_path / "cut", [_row()])
     lines = [{"step": 50, "images_per_second": 32.0}, {"step": 51, "images_per_second": 0.0},
