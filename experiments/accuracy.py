@@ -147,8 +147,16 @@ def _line(record: dict[str, Any], row: dict[str, Any]) -> list[str]:
     if isinstance(number := _network(row), int) and (number or len(_networks(record["rows"])) > 1):
         protocol += f", network of trial {number}" if "trained_on" in row else f", trial {number}"
     protocol += f", {statistics}" if (statistics := norm_statistics_of(row)) else ""
-    return [record["run"], row.get("trained_on", record["dataset"]), protocol, row["feature"],
+    return [record["run"], _trained_on(record, row), protocol, row["feature"],
             *(format_score(row, score) if score in row else "" for score in _SHOWN)]
+
+
+def _trained_on(record: dict[str, Any], row: dict[str, Any]) -> str:
+    """The data set; of a run of no steps, where its weights are from."""
+    if not record["steps"] and not record["init_from"]:
+        return "nothing (random weights)"
+    own = record["dataset"] if record["steps"] else f"nothing (weights of {record['init_from']})"
+    return row.get("trained_on", own)
 
 
 def _paper(dataset: str) -> str:
@@ -198,7 +206,7 @@ def _refuse_other_run(record: dict[str, Any]) -> None:
     old, new = ({name: one[name] for name in _OF_RUN} | one["recipe"] for one in (kept, record))
     differing = [f"{name} ({old.get(name)!r} there, {new.get(name)!r} here)" for name in sorted(old | new)
                  if old.get(name) != new.get(name)]
-    old, new = map(_trained_on, (kept, record))
+    old, new = map(_fingerprints, (kept, record))
     if old and new and old.isdisjoint(new):  # the same run may have got further trials
         differing.append("other images or people trained on")
     if differing:
@@ -206,7 +214,7 @@ def _refuse_other_run(record: dict[str, Any]) -> None:
                         "it")
 
 
-def _trained_on(record: dict[str, Any]) -> set[str]:
+def _fingerprints(record: dict[str, Any]) -> set[str]:
     """The fingerprints of what a run, or each of its trials, was trained on; empty if the record has none."""
     found = record["provenance"].get("train_fingerprint", [])
     return {found} if isinstance(found, str) else set(found)

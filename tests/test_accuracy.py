@@ -231,6 +231,18 @@ def test_other_data_and_people_held_out_are_told_apart(tmp_path, kept):
     assert page.index("## viper") < page.index("held out")
 
 
+def test_a_run_of_no_steps_is_trained_on_nothing(tmp_path, kept):
+    folders = []
+    for name, init_from in (("moved", "/secret/modern"), ("drawn", "")):
+        rows = [_row(), _row(trained_on="cuhk03/detected" if init_from else "market1501") | {"dataset": "viper"}]
+        folders.append(_run(tmp_path / name, rows, steps=0, **{"train.steps": 0, "init_from": init_from}))
+    assert accuracy.main(list(map(str, folders))) == 0
+    page = (kept / "accuracy.md").read_text()
+    market1501, viper = page[:page.index("## viper")], page[page.index("## viper"):page.index("## Runs")]
+    assert "| moved | nothing (weights of modern) |" in market1501 and "| moved | cuhk03/detected |" in viper
+    assert all("| drawn | nothing (random weights) |" in table for table in (market1501, viper))
+
+
 def test_what_batch_normalisation_went_by_is_told(tmp_path, kept):
     assert accuracy.main([str(_run(tmp_path / "by_camera", [_row(norm_statistics="camera")]))]) == 0
     assert "single-query, BN by each camera's training images, without labels |" in (kept / "accuracy.md").read_text()
