@@ -103,12 +103,11 @@ class _Measure:
         self._batch_size = -(-config.evaluate.batch_size // self._mesh.size) * self._mesh.size
 
     def __call__(self, images: Sequence[UserImage]) -> tuple[Any, int]:
-        # Read in the list's order, in which the boxes of one frame follow each other: it is then decoded once.
         chosen = [images[index] for index in np.sort(norm_statistics.chosen_images(len(images)))]
         data = self._run.config.data
         batches = read_batches(chosen, data.height, data.width, self._batch_size, "reading",
                                keep_going=self._keep_going)
-        loaded = [image for read, _ in batches for image in read]
+        loaded = sorted((image for read, _ in batches for image in read), key=lambda image: image.place)
         self.bad |= {*map(_key, chosen)} - {_key(one.image) for one in loaded}
         self.clipped |= {_key(one.image) for one in loaded if one.clipped}
         pixels = np.array([one.pixels for one in loaded])

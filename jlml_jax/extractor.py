@@ -248,9 +248,13 @@ def embed(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool
 
 def embed_all(images: Sequence[UserImage], extractor: Extractor, *, keep_going: bool
               ) -> tuple[list[LoadedImage], np.ndarray]:
-    """The images that `embed` has read, without their pixels, and the features of all of them [number read, dim]."""
-    embedded, features = [], []
+    """The images that `embed` has read, without their pixels, and the features of all of them [number read, dim]; both
+    in the order of the list."""
+    embedded, features = [], np.empty((len(images), extractor.dim), np.float32)  # of many images, there is no copy
     for read, _, rows in embed(images, extractor, keep_going=keep_going):
+        features[[loaded.place for loaded in read]] = rows
         embedded += [dataclasses.replace(loaded, pixels=None) for loaded in read]
-        features.append(rows)
-    return embedded, np.concatenate(features)
+    embedded.sort(key=lambda loaded: loaded.place)
+    if len(embedded) < len(images):
+        features = features[[loaded.place for loaded in embedded]]
+    return embedded, features

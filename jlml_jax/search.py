@@ -55,8 +55,9 @@ def update_gallery(folder: Path, images: Sequence[UserImage], extractor: Extract
                    ) -> tuple[Gallery, list[LoadedImage]]:
     """Opens the gallery in `folder`, makes it if there is none, and adds those `images` that are not in it.
 
-    Returns the gallery and those of `images` that are in it now. What is added is kept batch by batch. Other processes
-    may add to the gallery at the same time; what two of them add is embedded by both, and kept once.
+    Returns the gallery and those of `images` that are in it now, as they were read. What is added is kept batch by
+    batch. Other processes may add to the gallery at the same time; what two of them add is embedded by both, and kept
+    once.
 
     Raises:
         UserError: the gallery is another model's, or images are bad.
@@ -116,7 +117,7 @@ def _open(gallery: str, index: str | None, picture: str | None, workdir: Path, e
         folder = user_path(index) if index else workdir / "galleries" / extractor.fingerprint / name
         opened, listed = update_gallery(folder, listing.images, extractor, keep_going=keep_going)
         if any(loaded.image.track for loaded in listed):
-            listed.sort(key=lambda loaded: loaded.image.row)  # of a batch, what is new came first
+            listed.sort(key=lambda loaded: loaded.place)  # so that a track's middle is that of the list
             rows = np.concatenate([opened.rows([loaded.digest]) for loaded in listed])
             named = [dataclasses.replace(loaded.image, file=str(loaded.image.path.absolute())) for loaded in listed]
             return TrackGallery(opened, named, rows, extractor), None  # named as a gallery's images are

@@ -7,10 +7,9 @@ import dataclasses
 import glob
 import hashlib
 import io
-import itertools
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from jlml_jax.files import user_path
 _LOOK_ON = 255  # images after a bad one that are looked at, though not used, to name more bad ones at once
 _MAX_SEEN = 1024  # known images handed on at a time
 _AHEAD = 256  # images read before they are asked for: enough for the device never to wait, and bounded
+_OF_FRAME = 256  # boxes that are cropped from a frame each time that it is decoded: all of them, but for the odd crowd
 
 
 class NothingRead(UserError):
@@ -78,6 +78,7 @@ class LoadedImage:
     pixels: np.ndarray | None = None
     error: str | None = None
     clipped: bool = False
+    place: int = 0  # in the list that was given
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -234,16 +235,21 @@ def _no_track(one: UserImage, other: UserImage, why: str) -> UserError:
 
 def load_images(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes] = frozenset()
                 ) -> Iterator[LoadedImage]:
-    """Reads images in order, in threads and ahead of the caller. Boxes of one frame that follow each other decode once.
+    """Reads images in threads and ahead of the caller: file by file, in the order in which the files are listed first.
 
-    What has a digest in `known` is hashed, but not decoded.
+    So that a frame is decoded once, all its boxes come together, wherever they are in the list. What has a digest in
+    `known` is hashed, but not decoded.
     """
-    frames = (list(group) for _, group in itertools.groupby(images, lambda image: image.path))
+    of_file = collections.defaultdict(list)
+    for place, image in enumerate(images):
+        of_file[image.path].append(place)
+    frames = (places[start:start + _OF_FRAME] for places in of_file.values()
+              for start in range(0, len(places), _OF_FRAME))
     pool = ThreadPoolExecutor()  # Pillow and hashlib release the GIL
     pending = collections.deque()
     try:
-        for frame in frames:
-            pending.append(pool.submit(_load_frame, frame, height, width, known))
+        for places in frames:
+            pending.append(pool.submit(_load_frame, {place: images[place] for place in places}, height, width, known))
             if len(pending) > _AHEAD:
                 yield from pending.popleft().result()
         while pending:
@@ -255,7 +261,8 @@ def load_images(images: Sequence[UserImage], height: int, width: int, known: Col
 def read_batches(images: Sequence[UserImage], height: int, width: int, batch_size: int, what: str, *,
                  keep_going: bool, known: Collection[bytes] = frozenset()
                  ) -> Iterator[tuple[list[LoadedImage], list[LoadedImage]]]:
-    """Reads images in order, `batch_size` at a time, with progress, called `what`, and the time left on a terminal.
+    """Reads images as `load_images`, `batch_size` at a time, with progress, called `what`, and the time left on a
+    terminal.
 
     Yields the images that were read, and those that were not because their digest is in `known`. With `keep_going`, bad
     images are left out and told on stderr at the end.
@@ -271,7 +278,7 @@ def read_batches(images: Sequence[UserImage], height: int, width: int, batch_siz
         for position, loaded in enumerate(progress, 1):
             if loaded.error:
                 last = last if errors else position + _LOOK_ON
-                errors.append(loaded.error)
+                errors.append((loaded.place, loaded.error))
             if errors and not keep_going:
                 if position == last:
                     break
@@ -282,6 +289,7 @@ def read_batches(images: Sequence[UserImage], height: int, width: int, batch_siz
             if len(read) == batch_size or len(seen) == _MAX_SEEN:
                 yield read, seen
                 read, seen = [], []
+    errors = [error for _, error in sorted(errors)]
     if errors and not keep_going:
         raise UserError(f"{len(errors)} of the first {position:,} images (of {len(images):,}) are bad: "
                         f"{first_few(errors, '; ')}; mend or remove them, or skip them with --keep_going")
@@ -295,18 +303,23 @@ def read_batches(images: Sequence[UserImage], height: int, width: int, batch_siz
         raise NothingRead(f"no image can be read: {first_few(errors, '; ')}; give others")
 
 
-def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Collection[bytes]) -> list[LoadedImage]:
+def _load_frame(images: Mapping[int, UserImage], height: int, width: int, known: Collection[bytes]
+                ) -> list[LoadedImage]:
+    """Loads images of one file, by their places in the list."""
+    first = next(iter(images.values()))
     try:
-        encoded = images[0].path.read_bytes()
+        encoded = first.path.read_bytes()
     except OSError as error:
         # A file of a CSV, or in a folder, is not named from where the command runs.
-        path = str(images[0].path)
-        where = f": {printable(path)}" if path != images[0].file else ""
-        return [LoadedImage(image, error=f"{image} cannot be read ({error.strerror}{where})") for image in images]
+        path = str(first.path)
+        where = f": {printable(path)}" if path != first.file else ""
+        return [LoadedImage(image, error=f"{image} cannot be read ({error.strerror}{where})", place=place)
+                for place, image in images.items()]
     digest = hashlib.sha256(encoded)
-    size = upright_size(io.BytesIO(encoded)) if any(image.clip and image.box for image in images) else None
+    clip = any(image.clip and image.box for image in images.values())
+    size = upright_size(io.BytesIO(encoded)) if clip else None
     frame, loaded = None, []
-    for image in images:
+    for place, image in images.items():
         listed = image.box
         if image.clip and listed is not None:
             image = dataclasses.replace(image, box=clip_box(listed, size))
@@ -316,15 +329,15 @@ def _load_frame(images: Sequence[UserImage], height: int, width: int, known: Col
         if image.box is not None:
             own.update("\0{},{},{},{}".format(*image.box).encode())
         if own.digest() in known:
-            loaded.append(LoadedImage(image, own.digest(), clipped=clipped))
+            loaded.append(LoadedImage(image, own.digest(), clipped=clipped, place=place))
             continue
         try:
             if frame is None:
                 frame = open_rgb(encoded, str(image), upright=True)
             pixels = np.asarray(resize(_crop(frame, image), height, width))
-            loaded.append(LoadedImage(image, own.digest(), pixels, clipped=clipped))
+            loaded.append(LoadedImage(image, own.digest(), pixels, clipped=clipped, place=place))
         except UserError as error:
-            loaded.append(LoadedImage(image, error=str(error)))
+            loaded.append(LoadedImage(image, error=str(error), place=place))
     return loaded
 
 

@@ -93,6 +93,17 @@ def test_boxes_beyond_their_frame_are_cut_if_asked_for(tiny_run, tmp_path, run_c
     assert load_extractor(tmp_path / "cut").fingerprint == load_extractor(tmp_path / "same").fingerprint
 
 
+def test_boxes_that_lie_apart_are_as_crops_in_their_order(tiny_run, tmp_path):
+    crops, pixels = write_crops(tmp_path / "crops", 20)
+    for number in range(2):
+        Image.fromarray(np.concatenate(pixels[number::2])).save(tmp_path / f"{number}.png")
+    (tmp_path / "boxes.csv").write_text("image,x,y,width,height\n" + "".join(
+        f"{i % 2}.png,0,{i // 2 * 32},16,32\n" for i in range(20)))
+    for name, images in (("of_crops", crops), ("of_boxes", tmp_path / "boxes.csv")):
+        adapt.adapt(str(tiny_run), str(images), tmp_path / name)
+    assert load_extractor(tmp_path / "of_crops").fingerprint == load_extractor(tmp_path / "of_boxes").fingerprint
+
+
 def test_what_the_user_can_mend(adapted, tiny_run, tmp_path, run_command):
     crops, _ = write_crops(tmp_path / "crops", 15)
 

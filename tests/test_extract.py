@@ -31,6 +31,21 @@ def test_embedded_images_are_kept_without_their_pixels(tiny_extractor, crops):
     assert all(loaded.pixels is None and len(loaded.digest) == 32 for loaded in embedded)
 
 
+def test_features_are_in_the_order_of_the_list_wherever_a_frame_s_boxes_are(tiny_extractor, tmp_path):
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (32, 40, 3), np.uint8) for _ in range(3)]
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    lines = [(number, x) for x in (0, 5, 30, 10) for number in range(3)]  # at 30 they cross the edge
+    (tmp_path / "boxes.csv").write_text("image,x,y,width,height\n" + "".join(
+        f"{number}.png,{x},0,16,32\n" for number, x in lines))
+    embedded, features = embed_all(list_images(str(tmp_path / "boxes.csv")).images, tiny_extractor, keep_going=True)
+    good = [(number, x) for number, x in lines if x != 30]
+    assert [(int(loaded.image.file[0]), loaded.image.box[0]) for loaded in embedded] == good
+    expected = tiny_extractor(np.stack([frames[number][:, x:x + 16] for number, x in good]))
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_a_folder_to_a_file(run_command, tiny_run, tiny_extractor, crops, tmp_path, suffix):
     output = tmp_path / f"features{suffix}"

@@ -207,6 +207,18 @@ def test_a_track_is_shown_by_its_middle_whichever_images_were_known(run, crops, 
     assert by_track["door", "1"] == str(crops / "0_1.png")
 
 
+def test_a_track_is_shown_by_its_middle_whichever_frames_it_shares(run, tmp_path):
+    """The frames are read as they are listed first, by other tracks: the later before the earlier."""
+    for number in range(3):
+        Image.new("RGB", (40, 40), (40 * number, 90, 200)).save(tmp_path / f"{number}.png")
+    (tmp_path / "boxes.csv").write_text("image,track,x,y,width,height\n2.png,b,20,0,20,40\n" + "".join(
+        f"{number}.png,a,0,0,20,40\n" for number in range(3)))
+    run(search, f"--gallery={tmp_path / 'boxes.csv'}", f"--query={tmp_path / '0.png'}",
+        f"--index={tmp_path / 'index'}", f"--output={tmp_path / 'found.csv'}")
+    assert {row["track"]: row["image"] for row in rows_of(tmp_path / "found.csv")} == {
+        "a": str(tmp_path / "1.png"), "b": str(tmp_path / "2.png")}
+
+
 def test_tracks_of_several_cameras_do_not_become_one_camera_s(run, refused_by, tiny_run, crops, tmp_path):
     """door's track 1 and till's would be one."""
     arguments = [f"--gallery={crops / 'tracks.csv'}", f"--index={tmp_path / 'index'}", "--query_camera=yard"]

@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from splits import drawing
 
 from jlml_jax import user_images
 from jlml_jax.errors import UserError
-from jlml_jax.user_images import list_images, load_images, load_one
+from jlml_jax.user_images import list_images, load_images, load_one, read_batches
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
 
@@ -285,22 +286,54 @@ def test_damaged_files_are_errors_of_the_user_never_bugs(tmp_path):
     assert wrong > 100
 
 
-def test_frames_decode_once_and_known_images_never(tmp_path, monkeypatch):
-    decoded = []
-    original = user_images.open_rgb
-    monkeypatch.setattr(user_images, "open_rgb", lambda data, name, **options: decoded.append(name)
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the images for which a file has been decoded."""
+    names, original = [], user_images.open_rgb
+    monkeypatch.setattr(user_images, "open_rgb", lambda data, name, **options: names.append(name)
                         or original(data, name, **options))
-    write_image(tmp_path / "f.png", (40, 30))
-    write_image(tmp_path / "g.png", (40, 30), color=BLUE)
-    (tmp_path / "b.csv").write_text("image,x,y,width,height\n" + "".join(
-        f"{name},{x},0,10,10\n" for name in ("f.png", "g.png") for x in range(5)))
-    images = list_images(str(tmp_path / "b.csv")).images
+    return names
+
+
+def boxes_of_frames(folder, lines):
+    """Images from a CSV whose lines are (frame, x)."""
+    for name in {name for name, _ in lines}:
+        write_image(folder / name, (40, 30), color=RED if name < "g" else BLUE)
+    (folder / "b.csv").write_text("image,x,y,width,height\n" + "".join(f"{name},{x},0,10,10\n" for name, x in lines))
+    return list_images(str(folder / "b.csv")).images
+
+
+def test_frames_decode_once_and_known_images_never(tmp_path, decoded):
+    images = boxes_of_frames(tmp_path, [(name, x) for name in ("f.png", "g.png") for x in range(5)])
     results = list(load_images(images, 8, 8))
     assert len(decoded) == 2 and [result.image for result in results] == images
     known = {result.digest for result in results}
     assert len(known) == 10
     assert all(result.pixels is None and not result.error for result in load_images(images, 8, 8, known))
     assert len(decoded) == 2
+
+
+def test_frames_decode_once_where_their_boxes_lie_apart(tmp_path, decoded, capsys):
+    images = boxes_of_frames(tmp_path, [(name, x) for x in (0, 1, 31, 2, 32) for name in ("g.png", "f.png")])
+    results = list(load_images(images, 8, 8))
+    assert len(decoded) == 2
+    # File by file, as they are listed first, and each knows its place in the list.
+    assert [result.place for result in results] == [*range(0, 10, 2), *range(1, 10, 2)]
+    assert [result.image for result in results] == [images[result.place] for result in results]
+    assert all((result.pixels == (BLUE, RED)[result.place % 2]).all() for result in results if not result.error)
+    # Bad ones are told in the order of the list.
+    bad = r"g.png \(line 6\).*; f.png \(line 7\).*; g.png \(line 10\)"
+    with pytest.raises(UserError, match=f"4 of the first 10 images.*{bad}"):
+        list(read_batches(images, 8, 8, 4, "reading", keep_going=False))
+    read = [one.place for batch, _ in read_batches(images, 8, 8, 4, "reading", keep_going=True) for one in batch]
+    assert read == [0, 2, 6, 1, 3, 7]
+    assert re.search(bad.replace(";", "\n.*"), capsys.readouterr().err)
+
+
+def test_a_crowd_in_one_frame_is_read_in_parts(tmp_path, decoded):
+    images = boxes_of_frames(tmp_path, [("f.png", x % 30) for x in range(600)])
+    assert [result.place for result in load_images(images, 8, 8)] == list(range(600))
+    assert len(decoded) == 3
 
 
 def test_names_that_a_terminal_would_obey_are_escaped():
