@@ -34,7 +34,7 @@ from jlml_jax.files import user_path
 
 _LOOK_ON = 255  # images after a bad one that are looked at, though not used, to name more bad ones at once
 _MAX_SEEN = 1024  # known images handed on at a time
-_AHEAD = 256  # images read before they are asked for: enough for the device never to wait, and bounded
+_AHEAD = 512  # images read before they are asked for: some frames for each of many threads, and bounded memory
 _OF_FRAME = 256  # boxes that are cropped from a frame each time that it is decoded: all of them, but for the odd crowd
 
 
@@ -246,12 +246,15 @@ def load_images(images: Sequence[UserImage], height: int, width: int, known: Col
     frames = (places[start:start + _OF_FRAME] for places in of_file.values()
               for start in range(0, len(places), _OF_FRAME))
     pool = ThreadPoolExecutor()  # Pillow and hashlib release the GIL
-    pending = collections.deque()
+    pending, ahead = collections.deque(), 0
     try:
         for places in frames:
             pending.append(pool.submit(_load_frame, {place: images[place] for place in places}, height, width, known))
-            if len(pending) > _AHEAD:
-                yield from pending.popleft().result()
+            ahead += len(places)
+            while ahead > _AHEAD:
+                loaded = pending.popleft().result()
+                ahead -= len(loaded)
+                yield from loaded
         while pending:
             yield from pending.popleft().result()
     finally:

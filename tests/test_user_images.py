@@ -2,6 +2,7 @@ import io
 import os
 import re
 import warnings
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +329,26 @@ def test_frames_decode_once_where_their_boxes_lie_apart(tmp_path, decoded, capsy
     read = [one.place for batch, _ in read_batches(images, 8, 8, 4, "reading", keep_going=True) for one in batch]
     assert read == [0, 2, 6, 1, 3, 7]
     assert re.search(bad.replace(";", "\n.*"), capsys.readouterr().err)
+
+
+def test_images_not_frames_are_counted_that_are_read_ahead(tmp_path, decoded, monkeypatch):
+    class AtOnce:
+        """In the place of threads, of which nobody knows how far they are."""
+
+        def submit(self, function, *arguments):
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+        def shutdown(self, cancel_futures):
+            pass
+
+    monkeypatch.setattr(user_images, "ThreadPoolExecutor", AtOnce)
+    images = boxes_of_frames(tmp_path, [(f"{frame}.png", x) for frame in range(50) for x in range(30)])
+    reading = load_images(images, 8, 8)
+    next(reading)
+    assert 200 < len(decoded) * 30 < 700
+    assert sum(1 for _ in reading) == len(images) - 1 and len(decoded) == 50
 
 
 def test_a_crowd_in_one_frame_is_read_in_parts(tmp_path, decoded):
