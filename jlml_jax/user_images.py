@@ -267,8 +267,9 @@ def read_batches(images: Sequence[UserImage], height: int, width: int, batch_siz
     """Reads images as `load_images`, `batch_size` at a time, with progress, called `what`, and the time left on a
     terminal.
 
-    Yields the images that were read, and those that were not because their digest is in `known`. With `keep_going`, bad
-    images are left out and told on stderr at the end.
+    Yields the images that were read, and those that were not because their digest is in `known`. Only the last batch
+    of the former is smaller, but where many are known some have none. With `keep_going`, bad images are left out and
+    told on stderr at the end.
 
     Raises:
         UserError: images are bad, and it is not to keep going.
@@ -289,9 +290,12 @@ def read_batches(images: Sequence[UserImage], height: int, width: int, batch_siz
             if not loaded.error:
                 good += 1
                 (read if loaded.pixels is not None else seen).append(loaded)
-            if len(read) == batch_size or len(seen) == _MAX_SEEN:
+            if len(read) == batch_size:
                 yield read, seen
                 read, seen = [], []
+            elif len(seen) == _MAX_SEEN:
+                yield [], seen
+                seen = []
     errors = [error for _, error in sorted(errors)]
     if errors and not keep_going:
         raise UserError(f"{len(errors)} of the first {position:,} images (of {len(images):,}) are bad: "

@@ -357,6 +357,15 @@ def test_a_crowd_in_one_frame_is_read_in_parts(tmp_path, decoded):
     assert len(decoded) == 3
 
 
+def test_batches_of_new_images_are_full_among_many_that_are_known(tmp_path):
+    x = [30 if place % 400 == 0 else place % 29 for place in range(4000)]  # 10 new, few and far between
+    images = boxes_of_frames(tmp_path, [("f.png", each) for each in x])
+    known = {loaded.digest for loaded in load_images(images, 8, 8) if loaded.image.box[0] != 30}
+    batches = list(read_batches(images, 8, 8, 4, "reading", keep_going=False, known=known))
+    assert [len(read) for read, _ in batches if read] == [4, 4, 2]
+    assert max(len(seen) for _, seen in batches) < 1500 and sum(len(seen) for _, seen in batches) == 3990
+
+
 def test_names_that_a_terminal_would_obey_are_escaped():
     assert user_images.printable("a\x1b[2J.png") == r"'a\x1b[2J.png'"
     assert user_images.printable("zoë.png") == "zoë.png"
