@@ -21,6 +21,21 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # which leaves the ~ of an unknown user, where pathlib's raises
 
 
+def cached_realpath() -> Callable[[str | Path], str]:
+    """A function that does as os.path.realpath, but looks each folder up once, and each file: for lists of many."""
+    of_folder = functools.cache(os.path.realpath)
+
+    @functools.cache
+    def realpath(path: str | Path) -> str:
+        folder, name = os.path.split(path)
+        if name in ("", os.curdir, os.pardir):
+            return of_folder(path)
+        file = os.path.join(of_folder(folder), name)
+        return os.path.realpath(file) if os.path.islink(file) else file
+
+    return realpath
+
+
 def refuse_address(what: str, path: str | Path | None) -> None:
     """A UserError if `path` is an address, such as gs://mine/data, of which pathlib would make a folder `gs:`."""
     if re.match("[a-z][a-z0-9]*:/", str(path or "")):
@@ -77,8 +92,9 @@ def refuse_replacing(files: Mapping[str, str | None]) -> None:
 
 def refuse_replacing_images(option: str, path: str, images: Iterable[Path]) -> None:
     """A UserError if the file that is to be written is one of the images that are read."""
-    written = os.path.realpath(user_path(path))
-    if any(os.path.realpath(image) == written for image in images):
+    realpath = cached_realpath()
+    written = realpath(user_path(path))
+    if any(realpath(image) == written for image in images):
         raise UserError(f"{option}={path} is one of the images, and would be replaced; give it another name")
 
 

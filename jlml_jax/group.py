@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from jlml_jax.datasets.folder import BOX_COLUMNS, NOBODY
 from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.extractor import Extractor, check_fingerprint, embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile
-from jlml_jax.files import check_output, refuse_replacing_images, user_path, write_output
+from jlml_jax.files import cached_realpath, check_output, refuse_replacing_images, user_path, write_output
 from jlml_jax.user_images import UserImage, add_image_options, list_images, track_numbers
 
 _SHOWN = 12  # images of a group in the picture
@@ -65,7 +65,7 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
         raise UserError(f"--min_images={min_images} must be from 1 to the number of images, {len(listed):,}")
     if picture is not None:
         refuse_replacing_images("--picture", picture, [image.path for image in listed])
-    _names_from(output, listed)
+    names = _names_from(output, listed)
     extractor = load_extractor(workdir)
     if threshold is None:
         threshold, told = _calibrated(user_path(workdir), extractor, _USUAL_RATE if false_accept_rate is None else
@@ -78,13 +78,13 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
     else:
         embedded, features = embed_all(listed, extractor, keep_going=keep_going)
         listed = [loaded.image for loaded in embedded]
-    once, found = _once(listed), listed
+    once, found = _once(listed, names), listed
     if len(once) < len(listed):
         print(f"{len(listed) - len(once):,} images are there twice, and are kept once")
         found, features = [listed[row] for row in once], features[once]
     tracks = track_numbers(found)
     means = extractor.mean_features(features, tracks) if with_tracks else features
-    groups = grouping.by_size(grouping.group(means, threshold, _apart(found, tracks))[tracks])
+    groups = grouping.by_size(grouping.group(means, threshold, _apart(found, names, tracks))[tracks])
     sizes = np.bincount(groups)
     print(f"{len(found):,} images" + f" of {tracks.max() + 1:,} tracks" * with_tracks + f" in {len(sizes):,} groups, "
           f"at {told}; {(sizes == 1).sum():,} groups are of one image, the largest of {sizes[0]:,}")
@@ -99,7 +99,7 @@ def group(workdir: str | Path, images: str, output: str | Path, *, false_accept_
         raise UserError(f"no group has {min_images} images; give a lower --min_images, or a higher threshold")
     if picture is not None:  # before the labels, so that there are none where it fails
         _draw(user_path(picture), found, groups, kept)
-    _write(output, found, groups, kept)
+    _write(output, found, names, groups, kept)
     print(f"{output}: {len(kept):,} images of {len(np.unique(groups[kept])):,} groups"
           + (f"; {len(found) - len(kept):,} images in groups of fewer than {min_images} are left out"
              if len(kept) < len(found) else ""))
@@ -148,57 +148,59 @@ def _calibrated(workdir: Path, extractor: Extractor, rate: float, with_tracks: b
                             f"{format_rate(rate)}")
 
 
-def _names_from(output: Path, images: Sequence[UserImage]) -> list[str]:
-    """The images' paths from the folder of the CSV `output`; a UserError if prepare would not take them from there."""
-    folder = os.path.realpath(output.parent)
-    real = [os.path.realpath(image.path) for image in images]
-    names = [os.path.relpath(path, folder) for path in real]
-    outside = [str(image) for image, name in zip(images, names, strict=True) if name.split(os.sep)[0] == os.pardir]
+def _names_from(output: Path, images: Sequence[UserImage]) -> dict[Path, str]:
+    """For the path of each image the real one, from the folder of the CSV `output`; a UserError if prepare would not
+    take one of them from there."""
+    folder, realpath = os.path.realpath(output.parent), cached_realpath()
+    real = {path: realpath(path) for path in {image.path for image in images}}
+    names = {path: os.path.relpath(file, folder) for path, file in real.items()}
+    outside = [str(image) for image in images if names[image.path].split(os.sep)[0] == os.pardir]
     if outside:
-        above = os.path.commonpath([os.path.dirname(path) for path in real])
+        above = os.path.commonpath([os.path.dirname(file) for file in real.values()])
         raise UserError(f"{first_few(outside)} {'is' if len(outside) == 1 else 'are'} not in {folder}, the folder of "
                         f"--output, and a CSV names images in its own folder only; give "
                         f"--output={os.path.join(above, output.name)}")
-    spaced = [ascii(name) for name in names if name != name.strip()]
+    spaced = [ascii(names[image.path]) for image in images if names[image.path] != names[image.path].strip()]
     if spaced:
         raise UserError(f"the names of {len(spaced)} images begin or end with a space, which a CSV does not keep: "
                         f"{first_few(spaced)}; rename them")
     return names
 
 
-def _once(images: Sequence[UserImage]) -> list[int]:
+def _once(images: Sequence[UserImage], names: Mapping[Path, str]) -> list[int]:
     """The first row of each image, whatever links lead to it, or of each of its boxes."""
-    return list({(os.path.realpath(image.path), image.box): row for row, image in reversed(list(enumerate(images)))
+    return list({(names[image.path], image.box): row for row, image in reversed(list(enumerate(images)))
                  }.values())[::-1]
 
 
-def _apart(images: Sequence[UserImage], tracks: np.ndarray) -> np.ndarray:
+def _apart(images: Sequence[UserImage], names: Mapping[Path, str], tracks: np.ndarray) -> np.ndarray:
     """The pairs of tracks that are in one frame, and so of different people, int [P, 2]."""
     in_frame = collections.defaultdict(set)
     for image, track in zip(images, tracks.tolist(), strict=True):
         if image.box:
-            in_frame[os.path.realpath(image.path)].add(track)
+            in_frame[names[image.path]].add(track)
     pairs = {pair for frame in in_frame.values() for pair in itertools.combinations(sorted(frame), 2)}
     return np.array(sorted(pairs), int).reshape(-1, 2)
 
 
-def _write(output: Path, images: Sequence[UserImage], groups: np.ndarray, rows: np.ndarray) -> None:
+def _write(output: Path, images: Sequence[UserImage], names: Mapping[Path, str], groups: np.ndarray,
+           rows: np.ndarray) -> None:
     with_boxes, cameras = any(image.box for image in images), {images[row].camera for row in rows}
     with_camera, with_tracks = "" not in cameras, any(images[row].track for row in rows)
     if not with_camera and len(cameras) > 1:
         print(f"some images tell no camera, so that the CSV has none{', and no tracks' * with_tracks}: it would need "
               "those of all")
         with_tracks = False  # whose names are unique within a camera
-    names = _names_from(output, [images[row] for row in rows])
+    files = [names[images[row].path] for row in rows]
     # Another grouping's names are others, so that nobody takes its people for these.
-    these = hashlib.sha256(repr(sorted(zip(names, groups[rows].tolist(), strict=True))).encode()).hexdigest()[:4]
+    these = hashlib.sha256(repr(sorted(zip(files, groups[rows].tolist(), strict=True))).encode()).hexdigest()[:4]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["image", "identity", *["camera"] * with_camera, "split", *["track"] * with_tracks,
                     *BOX_COLUMNS * with_boxes])
-    for row, name in zip(rows, names, strict=True):
+    for row, file in zip(rows, files, strict=True):
         image = images[row]
-        table.writerow([name, f"{these}-{_number(groups[row])}", *[image.camera] * with_camera, "train",
+        table.writerow([file, f"{these}-{_number(groups[row])}", *[image.camera] * with_camera, "train",
                         *[image.track] * with_tracks, *(image.box or [""] * 4) * with_boxes])
     write_output(output, text.getvalue())
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from jlml_jax.datasets.folder import (
     clipped_note,
     identity_of,
     is_unicode,
-    path_within,
+    make_path_within,
     read_table,
 )
 from jlml_jax.datasets.images import Box, clip_box, crop_box, open_rgb, resize, shows_somebody, upright_size
@@ -173,10 +173,10 @@ def _with_market_names(images: list[UserImage], root: Path) -> Listing:
 
 def _read_csv(path: Path, clip_boxes: bool) -> Listing:
     lines, notes = read_table(path, ("image",), ("identity", "camera", "track"))
-    root, images, bad = os.path.realpath(path.parent), [], []
+    path_within, images, bad = make_path_within(os.path.realpath(path.parent)), [], []
     for number, cells in lines:
         try:
-            images.append(dataclasses.replace(_csv_image(cells, number, path.parent, root), clip=clip_boxes))
+            images.append(dataclasses.replace(_csv_image(cells, number, path.parent, path_within), clip=clip_boxes))
         except ValueError as error:
             bad.append(f"line {number}: {error}")
     if bad:
@@ -188,14 +188,14 @@ def _read_csv(path: Path, clip_boxes: bool) -> Listing:
     return Listing(images, path.parent, tuple(notes))
 
 
-def _csv_image(cells: dict[str, str], line: int, folder: Path, root: str) -> UserImage:
-    """One line of a CSV in `folder`, whose real path is `root`; a ValueError says what is wrong with it."""
+def _csv_image(cells: dict[str, str], line: int, folder: Path, path_within: Callable[[str], str]) -> UserImage:
+    """One line of a CSV in `folder`, of which `path_within` is; a ValueError says what is wrong with it."""
     file = cells["image"]
     shown = printable(file)
     if not file:
         raise ValueError("it names no image")
     try:
-        name = path_within(root, file)
+        name = path_within(file)
     except ValueError as error:
         raise ValueError(f"{shown} {error}") from error
     if cells.get("identity") == str(JUNK):

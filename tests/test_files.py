@@ -4,13 +4,14 @@ import fcntl
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from jlml_jax import files
 from jlml_jax.checkpoints import claim_workdir
 from jlml_jax.errors import UserError
-from jlml_jax.files import check_output, lock, write_atomically, write_output
+from jlml_jax.files import cached_realpath, check_output, lock, write_atomically, write_output
 from jlml_jax.gallery import Gallery
 
 
@@ -92,3 +93,22 @@ def test_a_file_system_without_locks_is_told(tiny_config, tmp_path, monkeypatch,
     monkeypatch.setattr(fcntl, "flock", flock)
     use(tmp_path, tiny_config)
     assert "without locks (Function not implemented)" in capsys.readouterr().out
+
+
+def test_real_paths_by_their_folders(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/1", "a/b/2", "3"):
+        (tmp_path / name).touch()
+    for link, target in (("a/to_3", "../3"), ("a/to_to_3", "to_3"), ("to_b", "a/b"), ("a/b/up", ".."), ("loop", "loop"),
+                         ("a/gone", "nowhere/x"), ("absolute", tmp_path / "a" / "1"), ("there", "back"),
+                         ("back", "there")):
+        (tmp_path / link).symlink_to(target)
+    monkeypatch.chdir(tmp_path / "a")
+    realpath = cached_realpath()
+    for folder in (".", "", "..", "b", "b/..", "../to_b", "../to_b/..", "b/up", "b/up/b", "../loop", "nowhere",
+                   "../nowhere/../a", str(tmp_path), "/"):
+        for name in ("1", "2", "3", "to_3", "to_to_3", "to_b", "up", "loop", "gone", "absolute", "there", "..", ".", "",
+                     "b"):
+            path = os.path.join(folder, name)
+            for each in (path, Path(path), path):
+                assert realpath(each) == os.path.realpath(each), path

@@ -1,6 +1,7 @@
 """The group command: labels that prepare takes, boxes of frames, files of features, thresholds, what is refused."""
 
 import csv
+import os
 import shutil
 
 import numpy as np
@@ -195,6 +196,15 @@ def test_what_is_listed_twice_is_kept_once(run, crops, threshold, tmp_path, run_
     status, _, error = run_command(prepare, "folder/once", f"--source={crops / 'people.csv'}",
                                    f"--data_dir={tmp_path / 'data'}")
     assert status == 0, error
+
+
+def test_each_image_is_looked_up_once_at_most(run, crops, threshold, tmp_path, monkeypatch):
+    looked_up, original = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path, **options: looked_up.append(str(path))
+                        or original(path, **options))
+    (crops / "again.png").symlink_to("00.png")
+    run(f"--images={crops}", f"--output={crops / 'people.csv'}", f"--threshold={threshold}")
+    assert max(looked_up.count(str(path)) for path in crops.iterdir()) == 1
 
 
 def test_cameras_of_some_images_are_those_of_none(run, crops, threshold, tmp_path):

@@ -145,6 +145,17 @@ def test_a_link_within_the_folder_of_the_csv_may_be_followed(tmp_path):
     assert list_images(str(tmp_path / "list.csv")).images[0].file == "b.png"
 
 
+def test_a_file_of_many_lines_is_looked_up_once(tmp_path, monkeypatch):
+    looked_up, original = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path, **options: looked_up.append(str(path))
+                        or original(path, **options))
+    (tmp_path / "f.png").symlink_to("elsewhere/f.png")
+    assert len(boxes_of_frames(tmp_path / "elsewhere", [("f.png", x) for x in range(30)])) == 30
+    (tmp_path / "b.csv").write_text("image\n" + "f.png\nelsewhere/../f.png\n" * 30)
+    assert len(list_images(str(tmp_path / "b.csv")).images) == 60
+    assert max(map(looked_up.count, looked_up)) <= 2  # the folder of the CSV, and a link
+
+
 @pytest.mark.parametrize("source", ["nothing", "nothing/*.png"])
 def test_what_is_not_there_is_refused(tmp_path, source):
     with pytest.raises(UserError, match="nothing"):

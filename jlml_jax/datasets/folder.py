@@ -22,6 +22,7 @@ from PIL import Image
 from jlml_jax.datasets.base import DISTRACTOR, JUNK, BenchmarkBuilder, Crop, Originals, parse_names
 from jlml_jax.datasets.images import Box, clip_box, crop_box, encode_png, open_rgb, orientation, upright_size
 from jlml_jax.errors import UserError, first_few, printable
+from jlml_jax.files import cached_realpath
 
 SPLITS = ("train", "query", "gallery")
 COLUMNS = ("image", "identity")
@@ -259,21 +260,27 @@ def read_table(path: Path, needed: Sequence[str], known: Sequence[str] = ()
             [f"columns that are not read: {', '.join(unread)}"] if unread else [])
 
 
-def path_within(root: str, file: str) -> str:
-    """The path `file`, relative to the folder `root` (as os.path.realpath has it), without `.` and `..`.
+def make_path_within(root: str) -> Callable[[str], str]:
+    """A function of a path that a CSV in the folder `root` (as os.path.realpath has it) names: the path, relative to
+    the folder, without `.` and `..`. What many lines name, such as a frame of many boxes, is looked up once.
 
-    Raises:
-        ValueError: it is absolute or leads out of the folder; the message says which.
+    It raises a ValueError if the path is absolute or leads out of the folder; the message says which.
     """
-    normal = os.path.normpath(file)
-    if os.path.isabs(file):
-        raise ValueError("is an absolute path, and must start from the folder of the CSV")
-    # The text first: what lies outside is not even looked at.
-    if normal == os.pardir or normal.startswith(os.pardir + os.sep):
-        raise ValueError("leaves the folder of the CSV")
-    if not Path(os.path.realpath(os.path.join(root, normal))).is_relative_to(root):
-        raise ValueError("leaves the folder of the CSV by a symbolic link")
-    return Path(normal).as_posix()
+    realpath = cached_realpath()
+
+    @functools.cache
+    def path_within(file: str) -> str:
+        normal = os.path.normpath(file)
+        if os.path.isabs(file):
+            raise ValueError("is an absolute path, and must start from the folder of the CSV")
+        # The text first: what lies outside is not even looked at.
+        if normal == os.pardir or normal.startswith(os.pardir + os.sep):
+            raise ValueError("leaves the folder of the CSV")
+        if not Path(realpath(os.path.join(root, normal))).is_relative_to(root):
+            raise ValueError("leaves the folder of the CSV by a symbolic link")
+        return Path(normal).as_posix()
+
+    return path_within
 
 
 def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
@@ -281,10 +288,10 @@ def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
 
     A UserError unless all are files within that folder.
     """
-    root, names, outside = os.path.realpath(path.parent), [], []
+    path_within, names, outside = make_path_within(os.path.realpath(path.parent)), [], []
     for line, image in images:
         try:
-            names.append(path_within(root, image))
+            names.append(path_within(image))
         except ValueError as error:
             outside.append(f"{printable(image)} (line {line}) {error}")
     _refuse(path, outside, "images do not lie within its folder", "put the CSV into the folder in which they lie, "
