@@ -23,7 +23,8 @@ class TrackGallery:
                  extractor: Extractor):
         """`images` are those to be searched, in any number of tracks, and `rows` theirs in `gallery`, int [N]."""
         tracks = track_numbers(images)
-        self.gallery, self._rows, self._tracks = gallery, rows, tracks
+        by_row = np.argsort(rows, kind="stable")  # a row is there twice if two tracks have copies of one image
+        self.gallery, self._rows, self._tracks = gallery, rows[by_row], tracks[by_row]
         self.features = extractor.mean_features(gallery.features, tracks, rows)
         order = np.argsort(tracks, kind="stable")
         starts, sizes = np.unique(tracks[order], return_index=True, return_counts=True)[1:]
@@ -39,4 +40,6 @@ class TrackGallery:
 
     def tracks_of(self, rows: np.ndarray) -> np.ndarray:
         """The tracks that any of these rows of the gallery belong to, int64 [M]."""
-        return np.unique(self._tracks[np.isin(self._rows, rows)])
+        starts, stops = (np.searchsorted(self._rows, rows, side) for side in ("left", "right"))
+        places = [np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        return np.unique(self._tracks[np.concatenate([np.empty(0, int), *places])])

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from jlml_jax import calibrate, compare, contact_sheet, extract, extractor, features_file, group, grouping, search
 from jlml_jax.errors import UserError
+from jlml_jax.tracks import TrackGallery
 from jlml_jax.user_images import UserImage, list_images, track_numbers
 
 PEOPLE = {"ann": (200, 30, 30), "bob": (30, 200, 30), "cem": (30, 30, 200)}
@@ -195,6 +197,21 @@ def test_each_track_is_searched_for_by_its_mean(run, crops, tmp_path, tiny_extra
         np.testing.assert_allclose([float(row["distance"]) for row in rows], np.sort(distances), atol=1e-5)
     one_person = run(search, f"--gallery={tracks}", f"--query={tracks}", "--same_person")
     assert sum(line[:4].strip().isdigit() for line in one_person) == len(TRACKS)  # one query, of all images
+
+
+def test_rows_lead_to_all_tracks_that_have_them(tiny_extractor, monkeypatch):
+    """Those, too, that two tracks share: copies of one image are one row of a gallery."""
+    rng = np.random.default_rng(0)
+    names, rows = rng.integers(0, 20, 100), rng.integers(0, 80, 100)
+    images = [UserImage(Path(f"{number}.png"), "", track=str(name)) for number, name in enumerate(names)]
+    numbers = track_numbers(images)
+    features = np.ones((80, tiny_extractor.dim), np.float32)
+    table = features_file.FeaturesFile(features, *[np.full(80, "")] * 3, None, "", tiny_extractor.fingerprint)
+    gallery = TrackGallery(table, images, rows, tiny_extractor)
+    monkeypatch.setattr(np, "isin", None)  # a search of all rows for each query
+    for wanted in (rows[:1], rows[3:9], np.arange(200), np.array([999]), np.empty(0, int)):
+        expected = sorted({number for number, row in zip(numbers.tolist(), rows, strict=True) if row in wanted})
+        assert gallery.tracks_of(wanted).tolist() == expected
 
 
 def test_a_track_is_shown_by_its_middle_whichever_images_were_known(run, crops, tmp_path):
