@@ -1,7 +1,9 @@
 """Files written whole, and locks."""
 
 import fcntl
+import io
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,18 +60,21 @@ def test_a_lock_says_who_has_it_until_it_is_closed(tmp_path):
     lock(tmp_path / "lock", "the folder", "wait").close()
 
 
-def test_a_lock_is_waited_for_and_that_is_told_after_a_moment(tmp_path, monkeypatch, capsys):
+def test_a_lock_is_waited_for_and_that_is_told_after_a_moment(tmp_path, monkeypatch):
+    told = io.StringIO()  # capsys would lose what is printed while it is read
+    monkeypatch.setattr(sys, "stdout", told)
     monkeypatch.setattr(files, "_PATIENCE", 0.1)
     with ThreadPoolExecutor(1) as pool:
         held = lock(tmp_path / "lock", "the folder", None)
         waiting = pool.submit(lock, tmp_path / "lock", "the folder", None)
-        told = ""
-        while not told:
-            told += capsys.readouterr().out
+        end = time.monotonic() + 30
+        while not told.getvalue().endswith("\n") and time.monotonic() < end:
+            time.sleep(0.01)
         assert not waiting.done()
         held.close()
         waiting.result(10).close()
-    assert told.startswith(f"the folder is in use by process {os.getpid()} on ") and told.endswith("; waiting for it\n")
+    said = told.getvalue()
+    assert said.startswith(f"the folder is in use by process {os.getpid()} on ") and said.endswith("; waiting for it\n")
 
     monkeypatch.setattr(files, "_PATIENCE", 60)
     with ThreadPoolExecutor(1) as pool:
@@ -79,7 +84,7 @@ def test_a_lock_is_waited_for_and_that_is_told_after_a_moment(tmp_path, monkeypa
         assert not waiting.done()
         held.close()
         waiting.result(10).close()
-    assert capsys.readouterr().out == ""
+    assert told.getvalue() == said
 
 
 @pytest.mark.parametrize("use", [
