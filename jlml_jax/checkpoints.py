@@ -58,6 +58,11 @@ def latest_step(workdir: Path) -> int | None:
     return next(iter(_steps(workdir)), None)
 
 
+def digests_path(workdir: Path, step: int) -> Path:
+    """The file with the SHA-256 of each file of a checkpoint: another one's, of other weights, is another."""
+    return workdir / _CHECKPOINTS / str(step) / _DIGESTS
+
+
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, label_map: dict[str, Any] | None = None
                   ) -> contextlib.ExitStack:
     """Writes config.json and label_map.json into a new run's folder; in one with a checkpoint, refuses another run's.

@@ -25,6 +25,7 @@ import numpy as np
 
 from jlml_jax import files
 from jlml_jax.errors import UserError
+from jlml_jax.files import cached_realpath
 from jlml_jax.user_images import Box, UserImage
 
 SUFFIXES = (".npz", ".parquet")
@@ -53,10 +54,10 @@ class FeaturesFile:
 
     @functools.cached_property
     def _rows_by_place(self) -> dict[tuple[str, Box | None], list[int]]:
-        places = {}
+        places, realpath = {}, cached_realpath()
         for row, file in enumerate(self.files.tolist()):
             box = None if self.boxes is None else tuple(self.boxes[row].tolist())
-            places.setdefault((os.path.realpath(os.path.join(self.root, file)), box), []).append(row)
+            places.setdefault((realpath(os.path.join(self.root, file)), box), []).append(row)
         return places
 
     def image(self, row: int) -> UserImage:

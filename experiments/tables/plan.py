@@ -17,7 +17,15 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 
 from jlml_jax import datasets
-from jlml_jax.checkpoints import CONFIG, FREE_FIELDS, RESULTS, latest_step, read_results, with_defaults
+from jlml_jax.checkpoints import (
+    CONFIG,
+    FREE_FIELDS,
+    RESULTS,
+    digests_path,
+    latest_step,
+    read_results,
+    with_defaults,
+)
 from jlml_jax.errors import UserError, first_few
 from jlml_jax.evaluate import NORMALIZE
 from jlml_jax.logs import read_training
@@ -187,9 +195,10 @@ class Run:
         if self.trained_in is None:
             return ""
         for trained in self._trials_in(self.trained_in):
+            if (step := latest_step(trained)) is None:
+                continue
             # A copy has the digests of what it was copied from; those of another training differ.
-            digests = Path("checkpoints") / str(latest_step(trained)) / "sha256.json"
-            original, copy = (folder / digests for folder in (
+            original, copy = (digests_path(folder, step) for folder in (
                 trained, self.folder / trained.relative_to(self.trained_in)))
             if original.exists() and not (copy.exists() and copy.read_bytes() == original.read_bytes()):
                 return (f"{self.folder} has other weights than {self.trained_in}, which it is to evaluate; delete it, "

@@ -304,9 +304,9 @@ def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
 
 def _refuse_repeated(path: Path, lines: Sequence[int], names: Sequence[str], boxes: Sequence[Box | None]) -> None:
     """A UserError if two lines of CSV `path` are of one file, under whatever names, and of one box."""
-    same = defaultdict(list)
+    same, realpath = defaultdict(list), cached_realpath()
     for line, name, box in zip(lines, names, boxes, strict=True):
-        same[os.path.realpath(path.parent / name), box].append(line)
+        same[realpath(path.parent / name), box].append(line)
     root = os.path.realpath(path.parent)
     _refuse(path, [f"{os.path.relpath(file, root)}{_told(box)} (lines {', '.join(map(str, listed))})"
                    for (file, box), listed in same.items() if len(listed) > 1],
