@@ -372,7 +372,11 @@ class Checkpoints:
     def _check_room(self, num_bytes: int) -> None:
         """Orbax tells of a full disk, or a quota, late and in tracebacks of its threads."""
         with storage_errors_told(self._folder), tempfile.TemporaryFile(dir=self._folder) as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes + (1 << 20))  # and what describes the arrays
+            num_bytes += 1 << 20  # what describes the arrays
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            else:  # on macOS
+                file.write(bytes(num_bytes))
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
         """The latest state, with the shapes, types and shardings of `state` (arrays or shapes), and its progress.

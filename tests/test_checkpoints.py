@@ -134,7 +134,10 @@ def test_what_a_killed_save_left_is_cleared_away(run):
 
 
 @pytest.mark.usefixtures("small_files")
-def test_without_room_a_save_is_refused_and_the_last_checkpoint_stays(tmp_path):
+@pytest.mark.parametrize("on_linux", [True, False])
+def test_without_room_a_save_is_refused_and_the_last_checkpoint_stays(tmp_path, monkeypatch, on_linux):
+    if not on_linux:
+        monkeypatch.delattr(os, "posix_fallocate")
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     save(tmp_path, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))

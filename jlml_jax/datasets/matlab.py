@@ -16,9 +16,10 @@ from jlml_jax.errors import UserError
 # In a process of its own: damaged bytes can lead SciPy's reader out of its memory, or to ask for all that there is. It
 # reads one file after another, and ends with the process that started it.
 _PROGRAM = """
-import json, resource, sys
+import contextlib, json, resource, sys
 import scipy.io
-resource.setrlimit(resource.RLIMIT_AS, (2 << 30,) * 2)
+with contextlib.suppress(ValueError):  # under a lower limit, or on macOS, which has none
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30,) * 2)
 _, most = resource.getrlimit(resource.RLIMIT_CPU)
 for line in sys.stdin:
     path, *names = json.loads(line)
