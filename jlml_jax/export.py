@@ -49,7 +49,7 @@ Embed = Callable[[np.ndarray], np.ndarray]  # images as the exported graph takes
 
 
 def export_run(workdir: str | Path, file_format: str, output: str | Path, signature: str = "uint8_nhwc",
-               camera: str | None = None) -> None:
+               camera: str | None = None, no_flip: bool = False) -> None:
     """Writes the run in `workdir` to the file `output`, and prints what it takes and gives.
 
     Both formats map `images`, of any batch size and of the run's height and width, to `features` float32 [batch, dim]:
@@ -63,6 +63,7 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
         signature: "uint8_nhwc", images uint8 [batch, height, width, 3], or "float32_nchw", images float32
             [batch, 3, height, width], already normalised.
         camera: whose statistics batch normalisation uses, in a run that has them by camera; None: the run's own.
+        no_flip: features are of the image alone, whatever the run's `evaluate.flip_average` is.
 
     Raises:
         UserError: the run does not load or has no statistics of `camera`, its thresholds are of another model, `output`
@@ -79,6 +80,11 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
 
     run, mesh = load_run(workdir), parallel.make_mesh(jax.local_devices()[:1])
     thresholds = _thresholds_of(run, mesh, camera)
+    if no_flip and run.config.evaluate.flip_average:
+        run.config.evaluate.flip_average = False
+        if thresholds is not None:
+            thresholds = None
+            print(f"{calibration.FILE} is left out: it is of features with the mirror images'")
     if camera is not None:
         known = run.cameras.cameras if run.cameras else ()
         if camera not in known:
@@ -242,9 +248,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="what the graph takes. " + ". ".join(f"{name}: {text}" for name, text in INPUTS.items()))
     parser.add_argument("--camera", metavar="NAME",
                         help="whose statistics to use, in a run that jlml_jax.adapt --by_camera has made")
+    parser.add_argument("--no_flip", action="store_true",
+                        help="leave out the mirror image, where the run averages with its feature: half the time")
     options = parser.parse_args(arguments)
     return exit_status(lambda: export_run(options.workdir, options.format, options.output, options.input,
-                                          options.camera))
+                                          options.camera, options.no_flip))
 
 
 if __name__ == "__main__":

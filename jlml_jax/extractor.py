@@ -28,13 +28,19 @@ _TRAINING_FIELDS = ("cosine_scale", "loss", "norm_momentum")
 _MEANS_BLOCK = 4096  # features that are added up at a time
 
 
-def load_extractor(workdir: str | Path) -> "Extractor":
+def load_extractor(workdir: str | Path, *, flip_average: bool | None = None) -> "Extractor":
     """The trained network of the run in `workdir`, on all devices of this process.
+
+    `flip_average` is the run's `evaluate.flip_average` if it is not given. Without the mirror images a call takes half
+    the time; its features are other ones, with a fingerprint of their own.
 
     Raises:
         UserError: there is no run, it has no checkpoint yet, or it does not restore.
     """
-    return Extractor(load_run(workdir), parallel.make_mesh(jax.local_devices()))
+    run = load_run(workdir)
+    if flip_average is not None:
+        run.config.evaluate.flip_average = flip_average
+    return Extractor(run, parallel.make_mesh(jax.local_devices()))
 
 
 class Extractor:

@@ -175,6 +175,21 @@ def test_every_variant_agrees_with_its_run(tmp_path, shallow_config, capsys, var
     assert operators.count("Sqrt") == norms
 
 
+def test_without_the_mirror_image_the_graph_has_one_pass_and_no_thresholds(tmp_path, shallow_config, capsys):
+    shallow_config.evaluate.flip_average = True
+    write_run(tmp_path / "run", shallow_config)
+    (tmp_path / "run" / "calibration.json").write_text(json.dumps({
+        "fingerprint": load_extractor(tmp_path / "run").fingerprint, "thresholds": []}))
+    assert export.main([f"--workdir={tmp_path / 'run'}", "--format=onnx", f"--output={tmp_path / 'jlml.onnx'}",
+                        "--no_flip"]) == 0
+    assert "calibration.json is left out: it is of features with the mirror images'" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "jlml.onnx")
+    images = people((32, 16))
+    assert_near(session.run(["features"], {"images": images})[0], features_of(tmp_path / "run", images))
+    about = session.get_modelmeta().custom_metadata_map
+    assert "calibration" not in about and json.loads(about["output"])["flip_average"] is False
+
+
 def test_features_that_differ_are_not_written(run, tmp_path, monkeypatch):
     wrong = augment.normalise
     monkeypatch.setattr(export, "normalise", lambda images, data: wrong(images, data) * 1.01)

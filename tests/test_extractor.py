@@ -1,5 +1,8 @@
 """load_extractor, on a run of a few steps."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -132,6 +135,21 @@ def test_the_fingerprint_is_of_what_changes_features(tiny_extractor, tiny_run):
              lambda run: run.variables["params"]["stem"]["conv"]["kernel"].__setitem__((0, 0, 0, 0), 7)]
     assert all(fingerprint(change) == tiny_extractor.fingerprint for change in same)
     assert len({tiny_extractor.fingerprint, *map(fingerprint, other)}) == 4
+
+
+@pytest.mark.parametrize("of_run", [True, False])
+def test_flip_average_is_the_runs_unless_it_is_given(tiny_run, tmp_path, of_run):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["evaluate"]["flip_average"] = of_run
+    (run / "config.json").write_text(json.dumps(config))
+    with_mirror, without = (load_extractor(run, flip_average=given) for given in (True, False))
+    assert with_mirror.fingerprint != without.fingerprint
+    assert load_extractor(run).fingerprint == (with_mirror if of_run else without).fingerprint
+    batch = images(3)
+    np.testing.assert_allclose(with_mirror(batch), with_mirror(batch[:, :, ::-1]), atol=1e-6)
+    assert np.abs(without(batch) - without(batch[:, :, ::-1])).max() > 1e-3
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
