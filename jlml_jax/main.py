@@ -35,11 +35,18 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 _JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 60, "Seconds within which all processes must have started.")
 
 
-def _refuse_missing(path: str) -> None:
-    """A UserError if there is no config at `path`, where absl would tell of how it looked for one."""
-    if not Path(path).exists():
-        names = ", ".join(sorted(config.name for config in _CONFIGS.glob("[a-z]*.py")))
-        raise UserError(f"there is no config {path!r} here; {_CONFIGS} has {names}")
+def _found(config: str) -> str:
+    """What --config is given, PATH or PATH:ARGUMENT; configs/X.py is the package's, where the folder here has none.
+
+    A UserError if there is no such file, where absl would tell of how it looked for one.
+    """
+    path = config.partition(":")[0]
+    if Path(path).exists():
+        return config
+    if Path(path).parent == Path("configs") and (_CONFIGS.parent / path).exists():
+        return str(_CONFIGS.parent / config)
+    names = ", ".join(sorted(file.name for file in _CONFIGS.glob("[a-z]*.py")))
+    raise UserError(f"there is no config {path!r} here; {_CONFIGS} has {names}")
 
 
 def _in_config(error: BaseException | None) -> str:
@@ -56,8 +63,11 @@ def _command() -> None:
     arguments = sys.argv[1:]
     given = [number for number, argument in enumerate(arguments) if argument.split("=")[0] in ("--config", "-config")]
     for number in given:
-        path = arguments[number].partition("=")[2] or "".join(arguments[number + 1:number + 2])
-        _refuse_missing(path.partition(":")[0])  # what follows a colon is the config's argument
+        flag, equals, config = arguments[number].partition("=")
+        if equals:
+            arguments[number] = f"{flag}={_found(config)}"
+        else:
+            arguments[number + 1:number + 2] = map(_found, arguments[number + 1:number + 2])
     if not given:
         arguments.insert(0, f"--config={_DEFAULT_CONFIG}")
     try:

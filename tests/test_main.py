@@ -47,6 +47,15 @@ def test_what_the_user_can_mend_is_told_in_one_line(tmp_path, arguments, message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given", [["--config=configs/cuhk03.py"], ["--config", "configs/cuhk03.py"]])
+def test_the_packages_configs_are_found_from_any_folder(tmp_path, given):
+    done = run_main(*given, "--config.data.data_dir=nowhere", folder=tmp_path)
+    assert "cuhk03/labeled is not prepared in nowhere" in done.stderr
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "cuhk03.py").write_text("def get_config():\n return 1 / 0\n")
+    assert "configs/cuhk03.py, line 2: ZeroDivisionError" in run_main(*given, folder=tmp_path).stderr
+
+
 @pytest.mark.parametrize(("line", "message"), [
     ("config = default.get_config(", "'(' was never closed (mine.py, line 3)"),
     ("config = defalt.get_config()", "name 'defalt' is not defined"),
