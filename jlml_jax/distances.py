@@ -69,8 +69,7 @@ def l2_distances(query_features: Features, gallery_features: Features) -> np.nda
     for columns in split(np.arange(len(gallery)), BLOCK):
         distances[:, columns[0]:columns[-1] + 1] = distances_to(columns)(np.arange(len(query)))
     np.sqrt(distances, out=distances)
-    distances *= np.float32(scale)
-    return distances
+    return np.multiply(distances, scale, out=distances, dtype=np.float64, casting="same_kind")
 
 
 def threads() -> ThreadPoolExecutor:
@@ -151,7 +150,8 @@ def _scale(query: np.ndarray, gallery: np.ndarray | LazyRows, centre: np.ndarray
     if 0 < typical < largest / _RANGE:
         raise UserError(f"{name} features: row {row} has values of {largest:.0e} where those of most others are of "
                         f"{typical:.0e}, which would vanish beside them; mend it or leave it out")
-    return math.ldexp(1.0, min(100, max(-100, math.frexp(largest)[1])))
+    limit = np.finfo(centre.dtype).maxexp - 28  # of a power whose inverse that type has, too
+    return math.ldexp(1.0, min(limit, max(-limit, math.frexp(largest)[1])))
 
 
 class _Blocks:

@@ -118,6 +118,23 @@ def test_beside_equal_features_any_size_is_compared():
                                rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-250, 1e-60, 1e60, 1e150])
+def test_features_beyond_the_range_of_float32_are_ranked(size):
+    """As float64 has them. Distances are float32: what is too large for it is infinite, what is too small 0."""
+    rng = np.random.default_rng(0)
+    query, gallery = rng.normal(size=(6, 8)), rng.normal(size=(20, 8))
+    gallery[3] = query[2]
+    labels = np.arange(6) % 3 + 1, np.arange(20) % 3 + 1, np.ones(6, int), np.full(20, 2)
+    found, expected = (metrics.evaluate_ranking(factor * query, factor * gallery, *labels) for factor in (size, 1))
+    assert found.mean_ap == expected.mean_ap
+    np.testing.assert_array_equal(found.cmc, expected.cmc)
+    with np.errstate(over="ignore"):
+        distances_found = l2_distances(size * query, size * gallery)
+    far = np.ones(distances_found.shape, bool)
+    far[2, 3] = False
+    assert (distances_found[far] == (np.inf if size > 1 else 0)).all() and distances_found[2, 3] == 0
+
+
 @pytest.mark.parametrize("offset, spread", [(0, 1), (100, 1e-3), (3e4, 1e-2)])
 def test_order_is_that_of_float64_where_distances_differ_by_more_than_1e_5(offset, spread):
     """Distances that are 2e-5 apart, one after the other, however far off the features lie."""
