@@ -243,11 +243,12 @@ def _score(
     The ranks of the true matches are all that these need, and the rank of the j-th is j plus the number of wrong images
     at most as far. That number is a sum over blocks of the gallery.
     """
-    cameras, codes = np.unique(np.concatenate([labels.query_cameras, labels.gallery_cameras]), return_inverse=True)
-    query_codes, gallery_codes = np.split(codes, [len(labels.query_ids)])
-    labels = labels._replace(query_cameras=query_codes, gallery_cameras=gallery_codes)
-    matches = _People(labels, len(cameras), columns).matches
-    rows = np.flatnonzero((labels.query_ids >= 1) & (matches > 0))
+    shows_person = labels.query_ids >= 1
+    query_ids, gallery_ids, _ = _numbered(labels.query_ids, labels.gallery_ids)
+    query_cameras, gallery_cameras, num_cameras = _numbered(labels.query_cameras, labels.gallery_cameras)
+    labels = _Labels(query_ids, gallery_ids, query_cameras, gallery_cameras)
+    matches = _People(labels, num_cameras, columns).matches
+    rows = np.flatnonzero(shows_person & (matches > 0))
     if not rows.size:
         return rows, rows, np.empty((3, 0))
     counts = matches[rows]
@@ -256,7 +257,7 @@ def _score(
     wrong = [np.zeros(count, np.int64) for count in counts]  # images at most as far as each of them
 
     def visit(block: np.ndarray, collect: bool, count: bool) -> None:
-        people, distances = _People(labels, len(cameras), block), distances_to(block)
+        people, distances = _People(labels, num_cameras, block), distances_to(block)
 
         def visit_chunk(chunk: np.ndarray) -> None:
             of_chunk = distances(rows[chunk])
@@ -291,6 +292,12 @@ def _score(
     average_precision = np.add.reduceat(precision, starts) / counts
     trapezoid = np.add.reduceat((before + precision) / 2, starts) / counts
     return rows, ranks[starts], np.stack([average_precision, trapezoid, counts / ranks[starts + counts - 1]])
+
+
+def _numbered(queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Both with their values numbered from 0, so that products of them fit in int64; how many values there are."""
+    values, numbers = np.unique(np.concatenate([queries, gallery]), return_inverse=True)
+    return numbers[:len(queries)], numbers[len(queries):], len(values)
 
 
 def _count_at_most(values: np.ndarray, bounds: Sequence[np.ndarray]) -> Iterator[np.ndarray]:

@@ -89,6 +89,18 @@ def test_hand_computed():
     np.testing.assert_array_equal(result.cmc, [0, 1])
 
 
+def test_identities_and_cameras_may_be_any_integers():
+    """Such as the number of a site in the highest bits of each person's."""
+    rng = np.random.default_rng(0)
+    query_ids, gallery_ids, query_cameras, gallery_cameras = random_labels(rng, 20, 80, num_cameras=16)
+    matrix = rng.normal(size=(20, 80))
+    expected = metrics.rank_metrics(matrix, query_ids, gallery_ids, query_cameras, gallery_cameras)
+    query_ids, gallery_ids = (np.where(ids > 0, 1 + (ids << 60), ids) for ids in (query_ids, gallery_ids))
+    found = metrics.rank_metrics(matrix, query_ids, gallery_ids, -(query_cameras << 58), -(gallery_cameras << 58))
+    np.testing.assert_array_equal(found.cmc, expected.cmc)
+    assert (found.mean_ap, found.num_valid_queries) == (expected.mean_ap, expected.num_valid_queries)
+
+
 def test_perfect_ranking_scores_one():
     result = one_query([1.0, 2.0, 3.0, 4.0], [True, True, True, False])
     assert (result.mean_ap, result.mean_ap_trapezoid, result.mean_inp) == (1, 1, 1)
