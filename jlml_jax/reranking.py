@@ -38,8 +38,8 @@ class Reranking:
         everything = np.concatenate([query, gallery[:]])
         self._num_queries, self._weight = len(query), weight
         self._plain, unit = squared_l2(everything, everything, products)
-        nearest, self._farthest = self._neighbours(len(everything), min(k1 + 1, len(everything)))
-        rows, columns = _robust_neighbours(nearest, k1)
+        nearest, self._farthest = self._neighbours(len(everything), min(max(k1 + 1, k2), len(everything)))
+        rows, columns = _robust_neighbours(nearest[:, :k1 + 1], k1)
         encoding = _encode(everything, unit, rows, columns, self._farthest)
         if k2 > 1:
             encoding = _average(encoding, nearest[:, :k2])

@@ -42,13 +42,19 @@ def people():
     return features[:12], features[12:]
 
 
-@pytest.mark.parametrize(("k1", "k2", "weight"), [(20, 6, 0.3), (7, 1, 0.0), (5, 3, 1.0), (100, 2, 0.5)])
+@pytest.mark.parametrize(("k1", "k2", "weight"), [(20, 6, 0.3), (7, 1, 0.0), (5, 3, 1.0), (100, 2, 0.5), (4, 9, 0.3)])
 def test_distances_are_those_of_the_equations(people, k1, k2, weight):
     expected = by_definition(*people, k1, k2, weight)
     reranking = Reranking(*people, k1=k1, k2=k2, weight=weight)
     np.testing.assert_allclose(reranking.distances(np.arange(12), np.arange(60)), expected, atol=2e-6)
     some = reranking.distances(np.array([7, 2]), np.array([30, 3, 59]))
     np.testing.assert_allclose(some, expected[np.ix_([7, 2], [30, 3, 59])], atol=2e-6)
+
+
+def test_without_other_wishes_it_is_the_papers(people):
+    everything = np.arange(12), np.arange(60)
+    expected = Reranking(*people, k1=20, k2=6, weight=0.3).distances(*everything)
+    np.testing.assert_array_equal(Reranking(*people).distances(*everything), expected)
 
 
 def test_it_ranks_better_than_plain_distances(people):
