@@ -248,8 +248,9 @@ def test_triplets_are_looked_for_on_all_devices():
     features = triplet_features(size=(8, 7))
     mapped = jax.pmap(functools.partial(batch_hard_triplet, axis_name="batch"), axis_name="batch",
                       in_axes=(0, 0, None), devices=jax.devices()[:4])
-    values = mapped(features.reshape(4, 2, 7), labels.reshape(4, 2), 0.3)
-    np.testing.assert_allclose(values.mean(), reference_triplet(features, labels, 0.3), rtol=1e-5)
+    for margin in (0.3, 1.5):  # by the second, an image that took itself for another one would count
+        values = mapped(features.reshape(4, 2, 7), labels.reshape(4, 2), margin)
+        np.testing.assert_allclose(values.mean(), reference_triplet(features, labels, margin), rtol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
