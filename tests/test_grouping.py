@@ -48,7 +48,7 @@ def test_groups_are_those_of_average_linkage(threshold, framed, monkeypatch):
 
 
 def test_a_group_has_nobody_who_is_known_to_be_another():
-    features = np.zeros((5, 3), np.float32)  # one person, by all that the features say
+    features = np.zeros((100, 3), np.float32)  # one person, by all that the features say, of thousands of pairs
     groups = grouping.group(features, 9.0, np.array([[0, 1], [4, 3]]))
     assert groups[0] != groups[1] and groups[3] != groups[4] and len(np.unique(groups)) == 2
     assert len(np.unique(grouping.group(features, 9.0))) == 1
@@ -94,7 +94,7 @@ def test_the_order_within_groups_takes_the_memory_of_a_group():
 
 def test_agreement():
     assert grouping.agreement(np.array([0, 0, 1]), np.array(["a", "a", "b"])) == (1, 1)
-    # Groups {a, a, b} and {a}: two images of 2/3, one of 1/3, one of 1; persons {a, a, a}: 2/3, 2/3, 1/3, and b: 1.
-    precision, recall = grouping.agreement(np.array([7, 7, 7, 2]), np.array(["a", "a", "b", "a"]))
-    assert precision == pytest.approx((2 / 3 + 2 / 3 + 1 / 3 + 1) / 4)
-    assert recall == pytest.approx((2 / 3 + 2 / 3 + 1 + 1 / 3) / 4)
+    # In the groups {a, a, b, c} and {c} 2/4, 2/4, 1/4, 1/4 and 1; of the persons a, a, b, c and c 1, 1, 1, 1/2 and 1/2.
+    precision, recall = grouping.agreement(np.array([7, 7, 7, 7, 6]), np.array(["a", "a", "b", "c", "c"]))
+    assert precision == pytest.approx(0.5)
+    assert recall == pytest.approx(0.8)
