@@ -1,5 +1,6 @@
 """Batch normalisation by the statistics of the tested images, without their labels."""
 
+import dataclasses
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from configs import default
 from jlml_jax import augment, evaluate, norm_statistics, parallel
 from jlml_jax.layers import GLOBAL_PSEUDO_COUNT
 from jlml_jax.models import JLML, init_variables
+from jlml_jax.protocols import Trial
 
 
 class Network:
@@ -125,3 +127,32 @@ def test_one_device_measures_what_four_do(network, two_cameras):
     one = Network(devices=1)
     for a, b in zip(*(jax.tree.leaves(some.of_images(two_cameras, 8)) for some in (one, network)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["run", "data", "camera"])
+def test_test_images_are_normalised_by_training_images(network, two_cameras, source):
+    """Never by one another; by camera, an image that is there by two cameras has the features of each."""
+    query = split_of_pixels(smooth(8, seed=1), [*range(20, 28)], [1, 2] * 4)
+    config = network.config.copy_and_resolve_references()
+    config.evaluate.norm_statistics, config.evaluate.batch_size = source, 8
+    trial = Trial("test", "single-query", train=two_cameras, query=query, gallery=query)
+    features_of = norm_statistics.features_of(trial, network.forward, network.statistics, network.variables, config,
+                                              network.mesh)
+    variables = {None: network.variables} if source == "run" else network.adapted(two_cameras, source)
+    for split in (query, dataclasses.replace(query, cameras=3 - query.cameras)):
+        expected = norm_statistics.extract_by_camera(network.features, variables, split)
+        for branch, values in features_of(split).items():
+            np.testing.assert_allclose(values[:], expected[branch], rtol=1e-4, atol=1e-4)
+
+
+def test_of_many_images_some_are_measured_at_random():
+    assert sorted(norm_statistics.chosen_images(5)) == [0, 1, 2, 3, 4]
+    chosen = norm_statistics.chosen_images(5_000)
+    assert len(set(chosen)) == len(chosen) == norm_statistics.MOST_IMAGES
+    assert abs(np.mean(chosen) - 2_500) < 250 and abs(np.corrcoef(chosen, np.arange(len(chosen)))[0, 1]) < 0.15
+
+
+def test_no_variance_is_below_zero():
+    """Where a camera's images are all alike, rounding leaves E[x^2] - E[x]^2 on either side of 0."""
+    alike = {"norm": {"mean": np.random.default_rng(0).normal(size=100).astype(np.float32), "var": np.zeros(100)}}
+    assert (norm_statistics.of_camera(alike, 3, alike)["norm"]["var"] >= 0).all()
