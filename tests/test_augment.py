@@ -65,6 +65,20 @@ def test_a_crop_is_the_image_shifted_by_at_most_the_padding():
     assert len(set(shifts.values())) == 25
 
 
+def test_flips_and_crops_are_as_likely_and_know_nothing_of_each_other():
+    pad, number = 2, 4_000
+    places = np.stack([*np.mgrid[:12, :8], np.zeros((12, 8))], -1).astype(np.uint8)  # of each pixel, row and column
+    changed = np.asarray(augmentation(True, pad)(jax.random.key(0), np.broadcast_to(places, (number, *places.shape))))
+    middle = changed[:, 6, 3:5].astype(int)
+    mirrored = middle[:, 0, 1] > middle[:, 1, 1]
+    top, left = middle[:, 0, 0] - 6, middle[:, :, 1].min(1) - 3
+    assert abs(mirrored.mean() - 0.5) < 0.03
+    for shift in (top, left):
+        assert np.abs(np.bincount(shift + pad) / number - 0.2).max() < 0.03
+    assert np.abs(np.corrcoef([mirrored, top, left]) - np.eye(3)).max() < 0.06
+    assert all(abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 0.06 for drawn in (mirrored, top, left))
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 32), (48, 48)])
 def test_a_rectangle_is_erased_as_in_the_paper(height, width):
     """Zhong et al. 2020: in a share of the images, 2 to 40 % of the area, sides in a ratio of 0.3 to 1 / 0.3."""
