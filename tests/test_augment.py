@@ -12,7 +12,7 @@ from splits import drawing
 
 from configs import default
 from jlml_jax import parallel
-from jlml_jax.augment import augment, normalise
+from jlml_jax.augment import augment, normalise, step_key
 from jlml_jax.datasets.images import resize
 
 ROWS, WHOLE = PartitionSpec("batch"), PartitionSpec()
@@ -63,6 +63,15 @@ def test_a_crop_is_the_image_shifted_by_at_most_the_padding():
             shifts[i] = top, left
     assert len(shifts) == len(images)
     assert len(set(shifts.values())) == 25
+
+
+def test_every_step_and_seed_draws_its_own():
+    images = images_of(256)
+    flipped = [np.asarray(augmentation(True, 0)(step_key(seed, step), images)) for seed, step in
+               ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (0, 0))]
+    mirrored = [(batch == images[:, :, ::-1]).all((1, 2, 3)) for batch in flipped]
+    np.testing.assert_array_equal(mirrored[0], mirrored.pop())
+    assert np.abs(np.corrcoef(mirrored) - np.eye(5)).max() < 0.2
 
 
 def test_flips_and_crops_are_as_likely_and_know_nothing_of_each_other():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from runs import ROW_FIELDS, ROW_FRACTIONS
 
 from configs import default
@@ -78,6 +79,18 @@ def test_means_are_of_what_all_trials_have(trial):
     mean, = result_rows.mean_rows(rows_of(0, reranking=True) + rows_of(1))
     assert mean["trials"] == [0, 1] and "rank1_std" in mean
     assert not [field for field in mean if field.startswith("reranked")]
+
+
+def test_only_what_was_evaluated_alike_is_averaged():
+    row = dict.fromkeys(result_rows.SCORES, 0.5) | {
+        "dataset": "viper", "protocol": "316/316 single-shot", "trial": 0, "feature": "joint", "normalize": "none",
+        "num_queries": 316, "num_gallery": 316}
+    mean, = result_rows.mean_rows([row, row | {"trial": 1, "rank1": 0.7, "num_queries": 312}])
+    assert (mean["trials"], mean["num_queries"], mean["mean_ap"], mean["mean_ap_std"]) == ([0, 1], 314, 0.5, 0)
+    assert (mean["rank1"], mean["rank1_std"]) == (pytest.approx(0.6), pytest.approx(0.02**0.5))
+    assert result_rows.mean_rows([row]) == []
+    for field in ("dataset", "protocol", "feature", "normalize", "norm_statistics", "incomplete", "trained_on"):
+        assert result_rows.mean_rows([row, row | {"trial": 1, field: "another"}]) == []
 
 
 def test_a_table_has_the_columns_that_any_of_its_rows_has(trial):
