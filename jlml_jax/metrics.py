@@ -191,9 +191,9 @@ def _labels(shape: tuple[int, ...], *labels: ArrayLike) -> _Labels:
             raise ValueError(f"{name} must have shape ({length},), as the features or distances do, got {array.shape}")
         if array.size and array.dtype.kind not in "iu":
             raise ValueError(f"{name} must be integers, got {array.dtype}")
-        if name.endswith("ids") and (array < -1).any():
+        array = checked[name] = array.astype(np.int64)
+        if name.endswith("ids") and (array < -1).any():  # also what was too large for int64
             raise ValueError(f"{name} has {array.min()}, but persons are 1 and up, 0 is a distractor and -1 is junk")
-        checked[name] = array.astype(np.int64)
     return _Labels(**checked)
 
 

@@ -415,8 +415,9 @@ def test_refuses_shapes_and_labels_that_do_not_fit():
                 metrics.rank_metrics(np.ones((2, 3)), *good[:position], wrong, *good[position + 1 :])
     with pytest.raises(ValueError, match="integers"):
         metrics.rank_metrics(np.ones((2, 3)), [1.0, 2.0], *good[1:])
-    with pytest.raises(ValueError, match="-2"):
-        metrics.rank_metrics(np.ones((2, 3)), [1, -2], *good[1:])
+    for too_low in ([1, -2], np.array([1, 2**64 - 2], np.uint64)):  # which int64 has as -2
+        with pytest.raises(ValueError, match="-2"):
+            metrics.rank_metrics(np.ones((2, 3)), too_low, *good[1:])
     with pytest.raises(ValueError, match="2-D"):
         metrics.rank_metrics(np.ones(3), *good)
     for dims in ((4, 5), (5, 4), (0, 0)):
