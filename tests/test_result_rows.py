@@ -81,6 +81,12 @@ def test_means_are_of_what_all_trials_have(trial):
     assert not [field for field in mean if field.startswith("reranked")]
 
 
+def test_queries_without_a_match_are_not_counted(trial):
+    scores = metrics.RankingMetrics(np.linspace(0, 1, 20), 0.5, 0.4, 0.3, 7)
+    row = result_rows.make_row(trial, "single-query", "joint", "none", scores)
+    assert (row["num_queries"], row["rank1"], row["rank20"], row["mean_ap_trapezoid"]) == (7, 0, 1, 0.4)
+
+
 def test_only_what_was_evaluated_alike_is_averaged():
     row = dict.fromkeys(result_rows.SCORES, 0.5) | {
         "dataset": "viper", "protocol": "316/316 single-shot", "trial": 0, "feature": "joint", "normalize": "none",
@@ -91,6 +97,15 @@ def test_only_what_was_evaluated_alike_is_averaged():
     assert result_rows.mean_rows([row]) == []
     for field in ("dataset", "protocol", "feature", "normalize", "norm_statistics", "incomplete", "trained_on"):
         assert result_rows.mean_rows([row, row | {"trial": 1, field: "another"}]) == []
+
+
+def test_means_stand_for_the_rows_that_they_are_of_alone():
+    row = {"dataset": "viper", "protocol": "316/316 single-shot", "trial": 0}
+    mean, another = row | {"trial": "mean"}, row | {"dataset": "grid"}
+    crossed = row | {"trained_on": "market1501", "trained_trial": 0}
+    assert result_rows.without_averaged([row, row | {"trial": 1}, mean, another, crossed]) == [mean, another, crossed]
+    of_networks = crossed | {"trained_trial": "mean"}
+    assert result_rows.without_averaged([row, crossed, of_networks]) == [row, of_networks]
 
 
 def test_a_table_has_the_columns_that_any_of_its_rows_has(trial):
