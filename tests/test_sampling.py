@@ -77,6 +77,26 @@ def test_batches_of_groups_are_a_function_of_seed_and_step():
     for step, indices in enumerate(whole):
         np.testing.assert_array_equal(traced(jnp.int32(step), groups), indices)
     assert not np.array_equal(np.stack(whole), np.stack(list(draw(1, 0, 10))))
+    assert sampling.steps_per_epoch(len(PERSONS), 8, sampling.identity_groups(PERSONS, 4)) == 3  # 6 groups, 24 images
+
+
+def test_the_groups_of_an_epoch_come_in_any_order():
+    batches = sampling.training_batches(0, 0, 4 * 300, len(PERSONS), 4, sampling.identity_groups(PERSONS, 2))
+    persons = PERSONS[np.concatenate(list(batches)).reshape(300, 8, 2)[:, :, 0]]  # eight of the nine groups
+    for person, number in ((0, 3), (2, 3), (3, 2), (5, 1)):
+        assert np.abs((persons == person).mean(0) - number / 9).max() < 0.12
+
+
+def test_a_seed_is_not_another_one_an_epoch_later():
+    assert not np.array_equal(sampling.epoch_order(0, 1, 24), sampling.epoch_order(1, 0, 24))
+
+
+def test_every_device_has_its_rows_of_every_micro_batch():
+    np.testing.assert_array_equal(sampling.device_rows(np.arange(8), 2), [[0, 1, 2, 3], [4, 5, 6, 7]])
+    np.testing.assert_array_equal(sampling.device_rows(np.arange(8), 2, 2), [[0, 1, 4, 5], [2, 3, 6, 7]])
+    np.testing.assert_array_equal(sampling.device_rows(np.arange(8), 1, 2), [np.arange(8)])
+    images = np.arange(8 * 6).reshape(8, 2, 3)
+    np.testing.assert_array_equal(sampling.device_rows(images, 4, 2)[1], images[[1, 5]])
 
 
 @pytest.mark.parametrize("batch, micro_batches, images, message", [
