@@ -74,6 +74,22 @@ def test_many_searches_are_as_exact_as_one(monkeypatch, case):
         assert alone.call_count == 16
 
 
+def test_what_float32_sums_wrongly_or_not_at_all_is_found():
+    """Distances that differ by less than their sums' rounding, and squares that are too small for float32."""
+    rng = np.random.default_rng(0)
+    alike = rng.permuted(rng.standard_normal((1, 512), np.float32).repeat(200, 0), axis=1)
+    alike[:, 0] += 2.0 ** -22 * rng.permutation(200)  # the same sums of squares, almost
+    tiny = np.full((2, 1000), 1e-20, np.float32)
+    tiny[1] = [1.2e-19] + [0] * 999
+    for gallery in (alike, tiny):
+        query = np.zeros(gallery.shape[1], np.float32)
+        for top_k in (1, 5):
+            expected = reference(gallery, query, top_k)[0]
+            np.testing.assert_array_equal(NearestNeighbours(gallery).search(query, top_k)[0], expected)
+            for rows, _ in NearestNeighbours(gallery).search_many([(query, top_k, None)] * 2):
+                np.testing.assert_array_equal(rows, expected)
+
+
 def test_each_of_many_searches_has_its_own_rows_and_number():
     gallery = np.arange(200, dtype=np.float32)[:, None].repeat(4, 1)
     neighbours, rng, searches = NearestNeighbours(gallery), np.random.default_rng(0), []
