@@ -120,6 +120,22 @@ def test_rates_are_those_counted_pair_by_pair(monkeypatch):
     assert 50 < len(result["roc"]) <= 200 and result["roc"][-1]["false_accept_rate"] > 0.99
 
 
+def test_rates_of_known_counts():
+    """Same pairs in bins 200 to 299, different ones in 250 to 3149, one in each."""
+    same, different = np.zeros((2, 1 << 19), np.int64)
+    same[200:300] = different[250:3150] = 1
+    counts = calibration.PairCounts(same, different)
+    result = calibration.calibrate(counts)
+    # 1 % of 2,900, which is 28.999999999999996 to Python, are those in bins 250 to 278.
+    assert result["thresholds"][0] == {"rate": 1e-2, "different_pairs_accepted": 29, "false_accept_rate": 0.01,
+                                       "threshold": counts.edges()[279], "true_accept_rate": pytest.approx(0.79)}
+    # At bin 298 48 of 2,900 are accepted and 2 of 100 rejected, at 299 49 and 1: 0.3 and 0.7 % apart.
+    equal = result["equal_error"]
+    assert equal["threshold"] == counts.edges()[298]
+    assert (equal["false_accept_rate"], equal["true_accept_rate"]) == (pytest.approx(48 / 2900), pytest.approx(0.98))
+    assert equal["rate"] == pytest.approx((48 / 2900 + 0.02) / 2)
+
+
 def test_a_rate_is_measured_from_as_many_pairs_as_it_needs():
     """1e-3 needs a thousand pairs of different people: 1,000 are enough, 999 are not."""
     def thresholds(different):

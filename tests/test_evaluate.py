@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import ROW_FIELDS, ROW_FRACTIONS
-from splits import split_of_pixels
+from splits import split_of, split_of_pixels
 
 from configs import default
 from jlml_jax import evaluate, metrics, parallel, prepare, protocols, result_rows
@@ -192,6 +192,18 @@ def test_features_that_tell_persons_apart_score_one(trial):
     table = result_rows.format_rows([row])
     assert "single-query" in table and "20 queries" in table and "39 gallery" in table
     assert table.splitlines()[-1].split() == ["local"] + ["100.0"] * 7
+
+
+def test_images_of_classes_count_as_right_where_no_other_class_scores_as_much():
+    classes = np.arange(10, 90, 10)  # of training; an image's class is its rank among them
+    trial = protocols.Trial("imagenet2012", "classification", train=split_of([b""] * 8, classes),
+                            validation=split_of([b""] * 5, [30, 80, 10, 20, 50]))
+    logits = np.zeros((5, 8), np.float32)
+    for row, (label, rank) in enumerate(zip((2, 7, 0, 1, 4), (1, 5, 6, 2, 1), strict=True)):
+        logits[row] = np.roll(-np.arange(8), label - rank + 1)
+    logits[4] = 1  # of equal logits the wrong class comes first
+    row, = evaluate.evaluate_validation(trial, {"joint": logits})
+    assert (row["top1"], row["top5"], row["num_images"], row["num_classes"]) == (1 / 5, 3 / 5, 5, 8)
 
 
 def test_chance_is_near_its_expectation_and_a_colour_histogram_above_it(trial):
