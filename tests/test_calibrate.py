@@ -136,6 +136,13 @@ def test_rates_of_known_counts():
     assert equal["rate"] == pytest.approx((48 / 2900 + 0.02) / 2)
 
 
+def test_a_verdict_names_the_strictest_rate_that_accepts():
+    verdicts = calibration.Verdicts([(1e-4, 0.5), (1e-3, 0.7), (1e-2, 0.9)])
+    assert [verdicts.of(distance) for distance in (0.4, 0.5, 0.7, 0.9)] == [
+        *(f"same person at a false accept rate of {rate}" for rate in ("1e-4", "1e-3", "1e-2")),
+        "not the same person at 1e-2"]
+
+
 def test_a_rate_is_measured_from_as_many_pairs_as_it_needs():
     """1e-3 needs a thousand pairs of different people: 1,000 are enough, 999 are not."""
     def thresholds(different):
