@@ -21,6 +21,7 @@ from market1501_miniature import write_market1501
 from miniatures import VIPER_PREFIXES, Cuhk03Miniature, write_cuhk03, write_grid, write_msmt17, write_viper
 from PIL import Image
 from reference_ranking import assert_equal, score, score_single_shot, squared_distances
+from splits import split_of
 
 from configs import default
 from jlml_jax import evaluate, metrics, prepare, protocols, result_rows
@@ -747,6 +748,15 @@ def test_cuhk03_767_700_equals_brute_force(config):
     rows = evaluate.evaluate_trials(trials, features_of, config.evaluate)
     assert_rows(rows, trials, config)
     assert {row["num_gallery"] for row in rows} == {len(trials[0].gallery)}
+
+
+def test_joined_sets_keep_their_people_and_cameras_apart():
+    train = split_of([b""] * 5, [1, 10, 10, 11, 14], [1, 2, 1, 1, 2])
+    trial = protocols.Trial("a+b", "all identities", train=train, offsets={"a": 0, "b": 10}, names={"b": "wxyz"})
+    assert trial.people() == {"a": [1, 10], "b": ["w", "z"]}
+    assert trial.labels().tolist() == [0, 1, 1, 2, 3]
+    assert trial.camera_numbers().tolist() == [0, 1, 0, 2, 3]
+    np.testing.assert_array_equal(trial.camera_one_hot(), np.eye(4)[[0, 1, 0, 2, 3]])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", ""])
