@@ -178,6 +178,32 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(smooth_config):
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-3)  # of the mean, not the norms' mean
 
 
+def test_penalties_pull_at_the_feature_layers_and_weight_decay_at_every_kernel(smooth_config):
+    """All that a step of plain SGD does to the other layers where identity layers of zeros pass no gradient on."""
+    smooth_config.model.global_widths = smooth_config.model.local_widths = (4,)
+    smooth_config.optim.momentum, smooth_config.optim.learning_rate, smooth_config.optim.weight_decay = 0.0, 1.0, 0.05
+    smooth_config.loss.lambda_global, smooth_config.loss.lambda_local = 0.1, 0.2
+    parts = Parts(smooth_config, 1)
+    params = jax.device_get(parts.state.params)
+    for name in filter(models.is_identity_layer, params):
+        params[name]["kernel"] = np.zeros_like(params[name]["kernel"])
+    step = train_step.make_train_step(smooth_config, parts.model, parts.optimizer, parts.mesh, from_device_data=True)
+    state, _ = step(parallel.replicate(dataclasses.replace(parts.state, params=params), parts.mesh), parts.data,
+                    parts.seed)
+    pull = jax.tree_util.tree_map_with_path(lambda path, leaf: 0.05 * leaf * (path[-1].key == "kernel"), params)
+    kernel = params["global_head"]["fc"]["kernel"]
+    pull["global_head"]["fc"]["kernel"] += 0.1 * kernel / np.linalg.norm(kernel, axis=1)[:, None]
+    kernel = params["local_head"]["fc"]["kernel"]
+    by_strip = kernel.reshape(smooth_config.model.num_strips, -1, kernel.shape[1])
+    by_strip = 0.2 * 2 * np.sign(by_strip) * np.abs(by_strip).sum(1, keepdims=True)
+    pull["local_head"]["fc"]["kernel"] += by_strip.reshape(kernel.shape)
+    for name, end in jax.device_get(state.params).items():
+        if not models.is_identity_layer(name):
+            assert_close_trees(jax.tree.map(np.subtract, params[name], pull[name]), end)
+        else:
+            assert np.abs(end["kernel"]).max() > 1e-3
+
+
 @pytest.mark.slow
 def test_the_parts_of_a_batch_do_not_depend_on_the_devices(smooth_config):
     smooth_config.train.accumulation_steps = 2
