@@ -205,9 +205,10 @@ def test_rows_lead_to_all_tracks_that_have_them(tiny_extractor, monkeypatch):
     names, rows = rng.integers(0, 20, 100), rng.integers(0, 80, 100)
     images = [UserImage(Path(f"{number}.png"), "", track=str(name)) for number, name in enumerate(names)]
     numbers = track_numbers(images)
-    features = np.ones((80, tiny_extractor.dim), np.float32)
+    features = rng.standard_normal((80, tiny_extractor.dim), np.float32)
     table = features_file.FeaturesFile(features, *[np.full(80, "")] * 3, None, "", tiny_extractor.fingerprint)
     gallery = TrackGallery(table, images, rows, tiny_extractor)
+    np.testing.assert_allclose(gallery.features, tiny_extractor.mean_features(features[rows], numbers), atol=1e-6)
     monkeypatch.setattr(np, "isin", None)  # a search of all rows for each query
     for wanted in (rows[:1], rows[3:9], np.arange(200), np.array([999]), np.empty(0, int)):
         expected = sorted({number for number, row in zip(numbers.tolist(), rows, strict=True) if row in wanted})
