@@ -10,6 +10,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 from processes import child_environment
@@ -291,3 +292,15 @@ def test_loading_a_run_warns_of_nothing(tiny_run, monkeypatch):
     monkeypatch.setattr(logging, "warning", lambda *arguments, **_: warned.append(arguments))  # Orbax's
     load_run(tiny_run)
     assert not warned
+
+
+def test_weights_are_read_alone_and_are_those_that_orbax_restores_with_all_else(tiny_run, monkeypatch):
+    all_of_it = ocp.PyTreeCheckpointer().restore(tiny_run / "checkpoints" / "12" / "state")
+
+    def opens_every_array(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "metadata", opens_every_array)
+    weights = load_run(tiny_run).variables
+    jax.tree.map(np.testing.assert_array_equal, weights, {part: all_of_it[part] for part in ("params", "batch_stats")})
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(weights))
