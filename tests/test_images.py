@@ -1,6 +1,8 @@
 """Decoding and resizing."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +23,12 @@ def test_every_mode_decodes_to_rgb():
         decoded = decode_image(other, "x")
         assert decoded.shape == (40, 20, 3) and decoded.dtype == np.uint8
         assert np.abs(decoded.astype(int) - pixels).mean() < 20
+
+
+def test_common_formats_are_tried_first_also_once_all_are_known():
+    code = "import jlml_jax.datasets.images; from PIL import Image; Image.init(); print(*Image.ID)"
+    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {"JPEG", "PNG"} <= set(tried[:8]) and len(tried) > 20
 
 
 def test_resizing_is_antialiased():

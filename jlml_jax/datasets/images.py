@@ -17,6 +17,10 @@ from jlml_jax.files import write_atomically
 # Of what is damaged but decodes, and of an image that is up to twice too large, which `open_rgb` refuses.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+# Pillow tries formats in the order in which it came to know them. What lists a folder makes it know all: a JPEG would
+# be taken for two dozen others first, for half as long as decoding it takes, and while no other thread can run Python.
+Image.preinit()
+
 # What transparent pixels show: mid-grey is about the mean that is subtracted from the network's input.
 _BACKGROUND = (128, 128, 128)
 
