@@ -15,6 +15,7 @@ import os
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from jlml_jax.user_images import LoadedImage, UserImage
 _DATABASE, _FEATURES, _LOCK = "gallery.sqlite", "features.f32", "lock"
 _FORMAT = 1  # user_version of the database
 _MAX_DIM = 1 << 20
+_AT_ONCE = 500  # digests that are looked up by one query: SQLite may take no more than 999 parameters
 _TABLES = f"""
 BEGIN;
 CREATE TABLE model (fingerprint TEXT NOT NULL, dim INTEGER NOT NULL);
@@ -125,14 +127,19 @@ class Gallery:
 
     def cameras_of(self, digests: Collection[bytes]) -> dict[bytes, str]:
         """The cameras of those images, of any digests, that are in the gallery; empty where not known."""
-        return {digest: camera for digest in digests
-                for camera, in self._query("SELECT camera FROM images WHERE digest = ?", digest)}
+        return self._looked_up("camera", digests)
 
-    def rows(self, digests: Collection[bytes]) -> np.ndarray:
-        """The rows of those images, of any digests, that are in the gallery; int64 [M], sorted."""
-        found = [row for digest in set(digests)
-                 for row, in self._query("SELECT row FROM images WHERE digest = ?", digest)]
-        return np.sort(np.array(found, np.int64))
+    def rows_of(self, digests: Collection[bytes]) -> dict[bytes, int]:
+        """The rows of those images, of any digests, that are in the gallery."""
+        return self._looked_up("row", digests)
+
+    def _looked_up(self, column: str, digests: Collection[bytes]) -> dict[bytes, Any]:
+        found, wanted = {}, list(set(digests))
+        for start in range(0, len(wanted), _AT_ONCE):
+            some = wanted[start:start + _AT_ONCE]
+            found |= self._query(f"SELECT digest, {column} FROM images WHERE digest IN ({','.join('?' * len(some))})",
+                                 *some)
+        return found
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -116,12 +116,12 @@ def _open(gallery: str, index: str | None, picture: str | None, workdir: Path, e
         name = f"{path.stem[:40]}-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}"
         folder = user_path(index) if index else workdir / "galleries" / extractor.fingerprint / name
         opened, listed = update_gallery(folder, listing.images, extractor, keep_going=keep_going)
+        listed.sort(key=lambda loaded: loaded.place)  # so that a track's middle is that of the list
+        row_of = opened.rows_of([loaded.digest for loaded in listed])
+        rows = np.array([row_of[loaded.digest] for loaded in listed])
         if any(loaded.image.track for loaded in listed):
-            listed.sort(key=lambda loaded: loaded.place)  # so that a track's middle is that of the list
-            rows = np.concatenate([opened.rows([loaded.digest]) for loaded in listed])
             named = [dataclasses.replace(loaded.image, file=str(loaded.image.path.absolute())) for loaded in listed]
             return TrackGallery(opened, named, rows, extractor), None  # named as a gallery's images are
-        rows = opened.rows([loaded.digest for loaded in listed])
     return opened, rows
 
 
@@ -243,7 +243,9 @@ def _rows_of(query: Query, gallery: Gallery | FeaturesFile | TrackGallery) -> np
     features by their files."""
     if isinstance(gallery, TrackGallery):
         return gallery.tracks_of(_rows_of(query, gallery.gallery))
-    return gallery.rows(query.digests) if isinstance(gallery, Gallery) else gallery.rows_of(query.images)
+    if isinstance(gallery, Gallery):
+        return np.array(list(gallery.rows_of(query.digests).values()), np.int64)
+    return gallery.rows_of(query.images)
 
 
 def _reranked_order(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:

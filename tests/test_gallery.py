@@ -45,7 +45,25 @@ def test_what_is_added_lasts(tmp_path):
     assert gallery.image(1) == UserImage(Path("/x/1.png"), "/x/1.png", "7", "1", None)
     assert gallery.cameras.tolist() == ["1", "1", "1", "", ""]
     assert gallery.digests() == {bytes([i]) * 32 for i in range(5)}
-    assert gallery.rows([bytes([4]) * 32, bytes([2]) * 32, bytes([99]) * 32]).tolist() == [2, 4]
+    assert gallery.rows_of([bytes([4]) * 32, bytes([2]) * 32, bytes([99]) * 32]) == {bytes([2]) * 32: 2,
+                                                                                     bytes([4]) * 32: 4}
+    assert gallery.cameras_of([bytes([4]) * 32, bytes([2]) * 32]) == {bytes([2]) * 32: "1", bytes([4]) * 32: ""}
+
+
+def test_many_images_are_looked_up_as_one_by_one_but_by_few_queries(tmp_path):
+    gallery = Gallery.create(tmp_path / "g", "f" * 16, DIM)
+    many = [LoadedImage(UserImage(Path("/x"), "x", camera=str(number % 3)), number.to_bytes(32, "big"))
+            for number in range(1234)]
+    with gallery.writing():
+        gallery.add(many, features(0, 1234))
+    digests = [loaded.digest for loaded in many[::-1]] + [b"?" * 32]
+    rows, cameras = ({digest: value for digest in digests for digest, value in lookup([digest]).items()}
+                     for lookup in (gallery.rows_of, gallery.cameras_of))
+    queries = []
+    gallery._database.set_trace_callback(queries.append)
+    assert gallery.rows_of(digests) == rows and len(rows) == 1234
+    assert gallery.cameras_of(digests) == cameras
+    assert len(queries) < 10
 
 
 def test_an_image_again_takes_its_last_name_and_what_is_new_of_it(tmp_path):

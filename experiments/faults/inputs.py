@@ -269,7 +269,7 @@ def gallery(folder: Path) -> Target:
         opened = Gallery(folder / "g")
         with contextlib.closing(opened):
             assert len(opened.cameras) == len(opened)
-            opened.rows(opened.digests())
+            opened.rows_of(opened.digests())
             if len(opened):
                 rows, _ = NearestNeighbours(opened.features).search(np.zeros(opened.dim, np.float32), 3)
                 for row in rows:
