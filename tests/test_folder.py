@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import struct
+import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -569,6 +570,26 @@ def test_the_boxes_of_a_frame_decode_it_once(shop, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(lambda crop: crop.read(), crops))) == 5
     assert decoded == ["a.png (line 2)", "b.png (line 3)"]
+
+
+def test_boxes_are_encoded_in_threads_and_written_in_order(shop, tmp_path, monkeypatch):
+    path = shop / "people.csv"
+    Image.fromarray(drawing(40, 60)).save(shop / "f.png")
+    path.write_text("\n".join([BOXES, *(f"f.png,ann,1,{x},0,10,10,train" for x in range(4))]))
+    crops, = Folder.inspect(path).splits.values()
+    expected = [crop.read() for crop in crops]
+    together, encode_png = threading.Barrier(2, timeout=30), folder.encode_png
+
+    def in_twos(pixels):
+        together.wait()  # one thread alone would wait for another in vain
+        return encode_png(pixels)
+
+    monkeypatch.setattr(folder, "encode_png", in_twos)
+    dataset = Folder("shop", data_dir=tmp_path / "data")
+    dataset.build(path)
+    written = dataset.load_stored_split("train")  # in the order on disk
+    assert written.names.tolist() == [crop.name for crop in crops]
+    assert written.read(np.arange(4)) == expected
 
 
 def test_boxes_are_drawn_into_splits_as_crops_are(shop):
