@@ -631,10 +631,14 @@ def test_a_test_on_people_who_were_trained_on_is_refused(config):
     protocols.refuse_trained_on(trials_of("viper+grid", config)[0], union)  # no test, nothing to refuse
 
 
-def test_a_protocol_that_tests_on_its_training_identities_is_refused(config):
-    partitions = [{"train": [1, 2, 3], "test": [3, 4, 5]}]
+@pytest.mark.parametrize("train, test, told", [
+    ([1, 2, 3], [3, 4, 5], "1 test identities of grid, such as 3, are training identities too"),
+    ([0, 1, 2], [3, 4, 5], "the train split of grid has junk or distractors in it"),
+    ([1, 2, 3], [], "the query split of grid is empty")])
+def test_partitions_that_cannot_be_are_refused(config, train, test, told):
+    partitions = [{"train": train, "test": test}]
     with mock.patch.object(protocols.datasets, "metadata", lambda *_: {"partitions": partitions}):
-        refusal("grid", config, "1 test identities of grid, such as 3, are training identities too")
+        refusal("grid", config, told)
 
 
 # --- results
