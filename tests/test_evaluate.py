@@ -102,6 +102,20 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(small):
         evaluate.extract_features(mean_pixels, variables, split, data, 6, mesh)
 
 
+@pytest.mark.parametrize("asked_before", [range(10), [8, 1, 3], [8, 1]])
+def test_features_that_are_known_already_are_those_of_the_images(small, asked_before):
+    """Of one extraction before, in another order, or of several."""
+    split = small[2]
+    means = split.decode(32, 16).mean((1, 2))
+    cache = evaluate.FeatureCache(lambda part: {"global": part.decode(32, 16).mean((1, 2))})
+    cache(split.select(np.array(asked_before)))
+    rows = np.array([3, 8, 1, 8])
+    for _ in range(2):
+        found = cache(split.select(rows))["global"]
+        np.testing.assert_array_equal(found[:], means[rows])
+        np.testing.assert_array_equal(found[np.array([2, 0])], means[rows][[2, 0]])
+
+
 # --- matching features
 
 @pytest.fixture
