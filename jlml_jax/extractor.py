@@ -82,7 +82,7 @@ class Extractor:
         """Features of images, each by its camera; None, or one that is not in `self.cameras`: by the run's statistics.
 
         Raises:
-            ValueError: images of another dtype or shape, or not a camera each.
+            ValueError: images of another dtype or shape, or not a camera each, as text.
             UserError: the weights are such that features overflow.
         """
         images = np.asarray(images)
@@ -90,9 +90,8 @@ class Extractor:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
             raise ValueError(f"images must be uint8 [B, {self.height}, {self.width}, 3], got {images.dtype} "
                              f"{list(images.shape)}")
+        _check_cameras(cameras, len(images), "images")
         cameras = [""] * len(images) if cameras is None else cameras
-        if len(cameras) != len(images):
-            raise ValueError(f"{len(cameras)} cameras for {len(images)} images")
         features = np.empty((len(images), self.dim), np.float32)
         for start in range(0, len(images), self.batch_size):
             rows = images[start:start + self.batch_size]
@@ -117,13 +116,14 @@ class Extractor:
             cameras: as in a call.
 
         Raises:
-            ValueError: a crop is none of these, or there is not a camera for each.
+            ValueError: a crop is none of these, or there is not a camera for each, as text.
             UserError: a crop does not decode, or is too small to show anybody.
         """
-        if isinstance(crops, str | Path):
-            raise ValueError("crops must be a sequence of crops, not one file")
-        if cameras is not None and len(cameras) != len(crops):
-            raise ValueError(f"{len(cameras)} cameras for {len(crops)} crops")
+        if isinstance(crops, str | Path | Image.Image):
+            raise ValueError("crops must be a sequence of crops, not one; for one give [crop]")
+        if isinstance(crops, np.ndarray) and crops.ndim == 3 and crops.shape[2] in (1, 3, 4):  # its rows would be crops
+            raise ValueError(f"crops must be a sequence of crops, not one of {list(crops.shape)}; for one give [crop]")
+        _check_cameras(cameras, len(crops), "crops")
         features = np.empty((len(crops), self.dim), np.float32)
         for start in range(0, len(crops), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(crops)))
@@ -189,6 +189,16 @@ class Extractor:
             return self._variables
         rows = parallel.replicate(camera_statistics.rows(self.cameras, cameras), self._mesh)
         return self._variables | {"batch_stats": _take(self._by_camera, rows)}
+
+
+def _check_cameras(cameras: Sequence[str] | None, count: int, what: str) -> None:
+    """A ValueError unless there is one for each of `count` images. A number would be none of the run's, unnoticed."""
+    if cameras is None:
+        return
+    if isinstance(cameras, str) or not all(isinstance(camera, str) for camera in cameras):
+        raise ValueError(f"cameras must be a sequence of str, as the run was given them, one for each of {what}")
+    if len(cameras) != count:
+        raise ValueError(f"{len(cameras)} cameras for {count} {what}")
 
 
 @jax.jit

@@ -117,8 +117,22 @@ def test_crops_that_cannot_be_used_are_named(tiny_extractor, tmp_path):
         tiny_extractor.embed_crops([good, tmp_path / "nobody.png"])
     with pytest.raises(ValueError, match="1 cameras for 2 crops"):
         tiny_extractor.embed_crops([good, good], ["door"])
-    with pytest.raises(ValueError, match="not one file"):
-        tiny_extractor.embed_crops("crops")
+
+
+def test_one_crop_in_place_of_a_sequence_is_refused(tiny_extractor):
+    """The rows of an array would count as grey crops."""
+    for one in ("crop.jpg", Image.new("RGB", (16, 32)), images(1)[0], np.zeros((32, 16, 4), np.uint8)):
+        with pytest.raises(ValueError, match=r"not one.*; for one give \[crop\]"):
+            tiny_extractor.embed_crops(one)
+    assert tiny_extractor.embed_crops(images(2)[..., 0]).shape == (2, 32)
+
+
+@pytest.mark.parametrize("cameras", ["ab", [1, 2], np.array([1, 2]), ["a", None]])
+def test_cameras_that_are_not_text_are_refused(tiny_extractor, cameras):
+    """They would be none of the run's, and go by the statistics of all, unnoticed."""
+    for embed in (tiny_extractor, tiny_extractor.embed_crops):
+        with pytest.raises(ValueError, match="cameras must be a sequence of str"):
+            embed(images(2), cameras)
 
 
 def test_the_fingerprint_is_of_what_changes_features(tiny_extractor, tiny_run):
