@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from jlml_jax.user_images import LoadedImage, UserImage, load_one, read_batches,
 _TRAINING_FIELDS = ("cosine_scale", "loss", "norm_momentum")
 _MEANS_BLOCK = 4096  # features that are added up at a time
 
+_process = None  # that in which this program has loaded extractors
+
 
 def load_extractor(workdir: str | Path, *, flip_average: bool | None = None) -> "Extractor":
     """The trained network of the run in `workdir`, on all devices of this process.
@@ -35,8 +38,10 @@ def load_extractor(workdir: str | Path, *, flip_average: bool | None = None) -> 
     the time; its features are other ones, with a fingerprint of their own.
 
     Raises:
-        UserError: there is no run, it has no checkpoint yet, or it does not restore.
+        UserError: there is no run, it has no checkpoint yet, it does not restore, or the process was forked from one
+            that has loaded an extractor.
     """
+    _refuse_forked()
     run = load_run(workdir)
     if flip_average is not None:
         run.config.evaluate.flip_average = flip_average
@@ -83,8 +88,10 @@ class Extractor:
 
         Raises:
             ValueError: images of another dtype or shape, or not a camera each, as text.
-            UserError: the weights are such that features overflow.
+            UserError: the weights are such that features overflow, or the process was forked from the one that loaded
+                them.
         """
+        _refuse_forked()
         images = np.asarray(images)
         expected = (self.height, self.width, 3)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
@@ -189,6 +196,18 @@ class Extractor:
             return self._variables
         rows = parallel.replicate(camera_statistics.rows(self.cameras, cameras), self._mesh)
         return self._variables | {"batch_stats": _take(self._by_camera, rows)}
+
+
+def _refuse_forked() -> None:
+    """A UserError in a process that was forked from the one that loaded the first extractor.
+
+    The threads of JAX are not in it, and a call would wait for them for ever.
+    """
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise UserError("an extractor was loaded before this process was forked, which JAX does not survive; load it "
+                        "in each process, after the fork, or start the processes by spawn")
 
 
 def _check_cameras(cameras: Sequence[str] | None, count: int, what: str) -> None:

@@ -127,6 +127,30 @@ def test_one_crop_in_place_of_a_sequence_is_refused(tiny_extractor):
     assert tiny_extractor.embed_crops(images(2)[..., 0]).shape == (2, 32)
 
 
+def test_a_forked_process_is_told_in_place_of_waiting_for_ever(tiny_run):
+    program = f"""
+import os
+import signal
+import warnings
+import numpy as np
+import jlml_jax
+
+warnings.simplefilter("ignore")  # of JAX, of the fork
+extractor = jlml_jax.load_extractor({str(tiny_run)!r})
+for use in (lambda: extractor(np.zeros((1, 32, 16, 3), np.uint8)), lambda: jlml_jax.load_extractor({str(tiny_run)!r})):
+    if not os.fork():
+        signal.alarm(30)
+        try:
+            use()
+        except jlml_jax.errors.UserError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    done = run_program(program)
+    assert done.stdout.count("load it in each process, after the fork") == 2, done.stderr
+
+
 @pytest.mark.parametrize("cameras", ["ab", [1, 2], np.array([1, 2]), ["a", None]])
 def test_cameras_that_are_not_text_are_refused(tiny_extractor, cameras):
     """They would be none of the run's, and go by the statistics of all, unnoticed."""
