@@ -21,12 +21,16 @@ from jlml_jax.datasets.base import JUNK
 from jlml_jax.datasets.folder import (
     JUNK_ADVICE,
     NAME,
+    NOBODY,
     box_of,
     clipped_note,
     identity_of,
+    in_order,
     is_unicode,
     make_path_within,
+    notes_on_identities,
     read_table,
+    whole_number,
 )
 from jlml_jax.datasets.images import Box, clip_box, crop_box, open_rgb, resize, shows_somebody, upright_size
 from jlml_jax.errors import UserError, first_few, printable
@@ -181,11 +185,14 @@ def _read_csv(path: Path, clip_boxes: bool) -> Listing:
             bad.append(f"line {number}: {error}")
     if bad:
         raise UserError(f"{path} has {len(bad)} bad lines: {first_few(bad, '; ')}; mend or remove them")
+    identities = {image.identity for image in images}
+    in_order(identities - {"", *NOBODY}, path, "identities")
+    in_order({image.camera for image in images} - {""}, path, "cameras")
     try:
         track_numbers(images)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return Listing(images, path.parent, tuple(notes))
+    return Listing(images, path.parent, (*notes, *notes_on_identities(identities)))
 
 
 def _csv_image(cells: dict[str, str], line: int, folder: Path, path_within: Callable[[str], str]) -> UserImage:
@@ -198,7 +205,7 @@ def _csv_image(cells: dict[str, str], line: int, folder: Path, path_within: Call
         name = path_within(file)
     except ValueError as error:
         raise ValueError(f"{shown} {error}") from error
-    if cells.get("identity") == str(JUNK):
+    if whole_number(cells.get("identity", "")) == JUNK:
         raise ValueError(JUNK_ADVICE)
     return UserImage(folder / name, name, cells.get("identity", ""), cells.get("camera", ""), box_of(cells), line,
                      track=cells.get("track", ""))

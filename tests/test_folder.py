@@ -238,6 +238,22 @@ def test_numbers_written_in_two_ways(write, refusal):
     assert "1 cameras are written in two ways: 01 and 1;" in error
 
 
+def test_numbers_as_pandas_writes_them(write, refusal):
+    """Where cells of their column were missing."""
+    error = refusal(write("a.png,12.0,1,train", "b.png,12,1,query", "c.png,3,2,query"))
+    assert "1 identities are written in two ways: 12 and 12.0; write" in error
+    assert "1 lines have the identity -1: line 2; write junk" in refusal(write("a.png,-1.0,1,gallery"))
+    splits, _, notes = inspect(write("a.png,0.0,1,train", "b.png,10.0,2,train", "c.png,9.0,2,train"))
+    assert splits == {"train": {"a.png": (1, 1), "b.png": (3, 2), "c.png": (2, 2)}}
+    assert notes == ("identity 0.0 is taken for a person; where it is nobody, write distractor",)
+
+
+@pytest.mark.parametrize("missing", ["nan", "None", "<NA>"])
+def test_a_missing_identity_written_as_text_is_told(write, missing):
+    _, _, notes = inspect(write(f"a.png,{missing},1,train", "b.png,ann,2,train"))
+    assert notes == (f"identity {missing} is taken for a person; where it is nobody, write distractor",)
+
+
 def test_a_name_written_in_two_ways(write, refusal):
     """As one character, and as a letter and its accent."""
     error = refusal(write("a.png,Ren\u00e9,1,train", "b.png,Rene\u0301,2,train", "c.png,Ann,1,train"))

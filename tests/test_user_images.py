@@ -125,6 +125,9 @@ def test_a_csv_gives_identity_camera_and_box(tmp_path):
     ('image\n"a.png\n', "line 2: unexpected end of data"),
     (b"image\n\xff.png\n", "not text in UTF-8"),
     ("image,identity\na.png,-1\n", "line 2: write junk for identity -1"),
+    ("image,identity\na.png,-1.0\n", "line 2: write junk for identity -1"),
+    ("image,identity\na.png,012\na.png,12\n", "1 identities are written in two ways: 012 and 12"),
+    ("image,camera\na.png,1\na.png,1.0\n", "1 cameras are written in two ways: 1 and 1.0"),
 ])
 def test_a_csv_that_cannot_be_right_is_refused(tmp_path, text, message):
     folder = tmp_path / "folder"
@@ -230,6 +233,13 @@ def test_a_box_beyond_its_frame_is_told_by_its_line(tmp_path):
     assert errors[0] is None
     assert "f.png (line 3): the box 30, 0, 11, 10 is not within the frame of 40 x 30" in errors[1]
     assert "(line 4)" in errors[2]
+
+
+def test_identities_that_look_like_nobody_are_told(tmp_path):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text("image,identity\na.png,0\na.png,nan\na.png,\na.png,ann\n")
+    assert list_images(str(tmp_path / "list.csv")).notes == tuple(
+        f"identity {name} is taken for a person; where it is nobody, write distractor" for name in ("0", "nan"))
 
 
 def write_boxes(folder, *boxes, name="b.csv", frame="f.png"):

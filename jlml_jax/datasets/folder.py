@@ -29,6 +29,7 @@ COLUMNS = ("image", "identity")
 OPTIONAL_COLUMNS = ("camera", "split")  # and those of a box
 BOX_COLUMNS = ("x", "y", "width", "height")
 NOBODY = {"distractor": DISTRACTOR, "junk": JUNK}  # words in the place of an identity
+_MISSING = ("nan", "None", "<NA>")  # as pandas and NumPy write a missing cell as text
 FOLDERS = {"train": ("train", "bounding_box_train"), "query": ("query",), "gallery": ("gallery", "bounding_box_test")}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SEED = 0  # of the splits that are drawn
@@ -98,9 +99,9 @@ class Folder(BenchmarkBuilder):
             UserError: `source` is neither, or what it says of the images cannot be.
         """
         rows, unexpected, notes = _list_folder(source) if source.is_dir() else _read_csv(source, clip_boxes)
-        identities = _in_order({row.identity for row in rows} - set(NOBODY), source, "identities")
+        identities = in_order({row.identity for row in rows} - set(NOBODY), source, "identities")
         if known := any(row.camera for row in rows):
-            cameras = _in_order({row.camera for row in rows}, source, "cameras")
+            cameras = in_order({row.camera for row in rows}, source, "cameras")
         else:
             rows = [dataclasses.replace(row, camera=row.name) for row in rows]
             cameras = sorted(row.camera for row in rows)
@@ -147,7 +148,7 @@ def _read_csv(path: Path, clip_boxes: bool) -> tuple[list[_Row], list[str], list
     if "split" in given:
         _refuse(path, [f"line {line} ({cells['split']})" for line, cells in lines if cells["split"] not in SPLITS],
                 "lines have an unknown split", f"known are {', '.join(SPLITS)}")
-    _refuse(path, [f"line {line}" for line, cells in lines if cells["identity"] == str(JUNK)],
+    _refuse(path, [f"line {line}" for line, cells in lines if whole_number(cells["identity"]) == JUNK],
             f"lines have the identity {JUNK}", JUNK_ADVICE)
     numbers = [line for line, _ in lines]
     names = _paths_within(path, [(line, cells["image"]) for line, cells in lines])
@@ -156,8 +157,7 @@ def _read_csv(path: Path, clip_boxes: bool) -> tuple[list[_Row], list[str], list
         boxes, clipped = _clip(boxes, [path.parent / name for name in names])
         notes += [clipped_note(clipped)] if clipped else []
     _refuse_repeated(path, numbers, names, boxes)
-    if any(re.fullmatch("0+", cells["identity"]) for _, cells in lines):
-        notes.append("identity 0 is taken for a person; where it is nobody, write distractor")
+    notes += notes_on_identities(cells["identity"] for _, cells in lines)
     rows = [_Row(path.parent / name, name + _told(box), cells["identity"], cells.get("camera", ""),
                  cells.get("split", ""), f"{name} (line {line})" if box else name, box)
             for name, box, (line, cells) in zip(names, boxes, lines, strict=True)]
@@ -350,17 +350,31 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _in_order(names: set[str], source: Path, what: str) -> list[str]:
+def whole_number(name: str) -> int | None:
+    """The number that a name is; also as pandas writes it where cells of the column are missing, 12.0."""
+    match = re.fullmatch(r"(-?[0-9]{1,18})(\.0+)?", name)
+    return int(match[1]) if match else None
+
+
+def notes_on_identities(names: Iterable[str]) -> list[str]:
+    """Of those that look like nobody, and are not among NOBODY."""
+    return [f"identity {name} is taken for a person; where it is nobody, write distractor"
+            for name in sorted(set(names)) if whole_number(name) == DISTRACTOR or name in _MISSING]
+
+
+def in_order(names: set[str], source: Path, what: str) -> list[str]:
     """Sorted, in the order of numbers if all are; a UserError if a name or a number is written in two ways."""
     same = defaultdict(list)  # an é may be one character, or an e and an accent
     for name in sorted(names):
         same[unicodedata.normalize("NFC", name)].append(name)
     _refuse(source, [" and ".join(map(ascii, written)) for written in same.values() if len(written) > 1],
             f"{what} are written in two ways", "write them in one")
-    if not all(re.fullmatch("-?[0-9]{1,18}", name) for name in names):
+    numbers = {name: whole_number(name) for name in names}
+    if None in numbers.values():
         return sorted(names)
-    ordered = sorted(names, key=lambda name: (int(name), name))
-    _refuse(source, [f"{one} and {other}" for one, other in itertools.pairwise(ordered) if int(one) == int(other)],
+    ordered = sorted(names, key=lambda name: (numbers[name], name))
+    _refuse(source, [f"{one} and {other}" for one, other in itertools.pairwise(ordered)
+                     if numbers[one] == numbers[other]],
             f"{what} are written in two ways", "write them in one")
     return ordered
 
