@@ -10,6 +10,8 @@ from jlml_jax.arguments import Parser
      "error: argument --top_k: invalid int value: 'ten'; see --help\n"),
     (compare, ["--workdir=run", "a.jpg"], "error: the following arguments are required: IMAGE; see --help\n"),
     (unpack, ["--workdir=run", "--fil=x.zip"], "error: unrecognized arguments: --fil=x.zip; see --help\n"),
+    (search, ["--workdir=run", "--gallery=a", "--gallery", "b", "--query=a.jpg"],
+     "error: --gallery is given 2 times, and takes one value; see --help\n"),
     (unpack, ["--workdir=run", "two\nlines"], "error: unrecognized arguments: two lines; see --help\n"),
 ])
 def test_what_is_wrong_is_told_in_one_line(command, arguments, told, capsys):
