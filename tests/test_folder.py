@@ -650,6 +650,13 @@ def test_boxes_that_cannot_be(shop, refusal, prepared):
     assert "columns that are not read: width, height" in prepared.out.splitlines()
 
 
+def test_a_crop_too_small_to_show_anybody_is_refused(write, shop, refusal):
+    """As by extract, search and adapt."""
+    path = write("a.png,1,1,train", "b.png,1,2,train")
+    Image.new("RGB", (3, 5)).save(shop / "b.png")
+    assert "1 of 2 images in people.csv are bad: b.png has 3 x 5 pixels" in refusal(path).replace(f"{shop}/", "")
+
+
 def test_boxes_beyond_their_frame_are_cut_if_asked_for(shop, refusal, tmp_path, run_command):
     (shop / "f.jpg").write_bytes(turned_frame())
     path = shop / "people.csv"

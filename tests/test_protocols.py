@@ -88,7 +88,7 @@ def prepared(tmp_path_factory):
         folder.mkdir()
         (folder / "people.csv").write_text("\n".join(["image,identity,camera,split", *rows]) + "\n")
         for row in csv.reader(rows):
-            Image.fromarray(np.full((4, 2, 3), ord(row[0][0]), np.uint8)).save(folder / row[0])
+            Image.fromarray(np.full((8, 4, 3), ord(row[0][0]), np.uint8)).save(folder / row[0])
         prepare.prepare(f"folder/{name}", folder / "people.csv", data_dir)
     return Prepared(data_dir, sources / "market1501", sources / "msmt17", sources / "grid", cuhk03)
 
@@ -526,7 +526,7 @@ def test_people_of_ones_own_are_told_apart_by_name(tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / "people.csv").write_text("\n".join(["image,identity,camera,split", *rows]) + "\n")
         for row in rows:
-            Image.fromarray(np.full((4, 2, 3), ord(row[0]), np.uint8)).save(folder / row.split(",")[0])
+            Image.fromarray(np.full((8, 4, 3), ord(row[0]), np.uint8)).save(folder / row.split(",")[0])
         prepare.prepare("folder/shop", folder / "people.csv", folder, overwrite=True)
         config.data.data_dir = str(folder)
         return trials_of("folder/shop", config)[0]

@@ -20,7 +20,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jlml_jax.datasets.base import DISTRACTOR, JUNK, BenchmarkBuilder, Crop, Originals, parse_names
-from jlml_jax.datasets.images import Box, clip_box, crop_box, encode_png, open_rgb, orientation, upright_size
+from jlml_jax.datasets.images import (
+    Box,
+    clip_box,
+    crop_box,
+    encode_png,
+    open_rgb,
+    orientation,
+    shows_somebody,
+    upright_size,
+)
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.files import cached_realpath
 
@@ -484,12 +493,16 @@ def _upright(encoded: bytes, name: str) -> bytes:
     """The image file as it is, if TensorFlow reads it and shows it as a viewer would; else as PNG, of what that shows.
 
     Cameras leave it to the viewer to turn a picture, by its Exif orientation; what decodes crops knows nothing of it.
+    A UserError if it is too small to show anybody.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            shows_somebody(image, name)
             if (image.format in _READ_BY_ALL and image.mode != "CMYK" and not image.has_transparency_data
                     and orientation(image) not in _TURNED):
                 return encoded
+    except UserError:
+        raise
     except Exception:  # Pillow's plug-ins let through whatever a damaged file makes them stumble over
         return encoded  # for decode_image to say what is wrong with it
     return encode_png(np.asarray(open_rgb(encoded, name, upright=True)))
