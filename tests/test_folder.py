@@ -231,6 +231,11 @@ def test_identity_0_may_be_a_person(write):
     assert notes == ("identity 0 is taken for a person; where it is nobody, write distractor",)
 
 
+def test_of_a_set_of_distractors_there_is_nothing_to_tell(write):
+    splits, _, notes = inspect(write("a.png,distractor,0", "b.png,distractor,0", header="image,identity,camera"))
+    assert splits == {"gallery": {"a.png": (0, 1), "b.png": (0, 1)}} and notes == ()
+
+
 def test_numbers_written_in_two_ways(write, refusal):
     error = refusal(write("a.png,02,1,train", "b.png,2,1,query", "c.png,3,2,query"))
     assert "1 identities are written in two ways: 02 and 2; write" in error

@@ -123,7 +123,7 @@ class Folder(BenchmarkBuilder):
             splits, told = _draw_splits(rows, identities, known)
             notes += told
         notes += _notes_on_queries(splits, known)
-        if (splits["query"] or not given) and not _seen_by_several(rows):
+        if identities and (splits["query"] or not given) and not _seen_by_several(rows):
             notes.append(("nobody is seen by two cameras, but a match must come from another camera than the query's"
                           if known else "nobody has two images") + ": good for training alone")
         numbers = NOBODY | {name: number for number, name in enumerate(identities, 1)}
@@ -433,7 +433,9 @@ def _draw_splits(rows: Sequence[_Row], identities: Sequence[str], cameras_known:
             splits["query" if row in queries else "gallery"].append(row)
 
     num_test = len(order) - num_train
-    if identities and not splits["query"]:
+    if not identities:
+        return splits, []
+    if not splits["query"]:
         people = [row for index in order for row in itertools.chain(*images[identities[index]].values())]
         return {"train": people, "query": [], "gallery": nobody}, [
             f"no test is drawn, as it would have no queries: {len(order):,} identities, all for training"]
