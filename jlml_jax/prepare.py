@@ -98,6 +98,9 @@ def prepare(name: str, source: str | Path | None = None, data_dir: str | Path | 
     options = {"clip_boxes": True} if clip_boxes else {}
     if dataset.is_prepared() and not overwrite:
         print(f"{name} is prepared already in {dataset.data_path} (--overwrite builds it anew)")
+        listed, built = user_path(source or ""), Path(dataset.data_path, "dataset_info.json")
+        if listed.is_file() and listed.stat().st_mtime > built.stat().st_mtime:
+            print(f"{listed} was changed after that")
         _tell_incomplete(name, data_dir)
         return
 

@@ -593,6 +593,16 @@ def test_the_boxes_of_a_frame_decode_it_once(shop, monkeypatch):
     assert decoded == ["a.png (line 2)", "b.png (line 3)"]
 
 
+def test_a_list_that_was_changed_since_is_told(write, prepared, tmp_path, capsys):
+    path = write("a.png,ann,1,train", "b.png,bob,1,train")
+    prepared(path)
+    for changed in (False, True):
+        os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + changed * 10**11))
+        prepare.prepare("folder/shop", path, tmp_path / "data")
+        out = capsys.readouterr().out
+        assert "is prepared already in" in out and (f"{path} was changed after that" in out) == changed
+
+
 def test_boxes_are_encoded_in_threads_and_written_in_order(shop, tmp_path, monkeypatch):
     path = shop / "people.csv"
     Image.fromarray(drawing(40, 60)).save(shop / "f.png")
