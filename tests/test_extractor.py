@@ -1,13 +1,14 @@
 """load_extractor, on a run of a few steps."""
 
 import json
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from processes import run_program
+from processes import ROOT, run_program
 
 from jlml_jax import datasets, evaluate, extract, features_file, load_extractor, parallel
 from jlml_jax.checkpoints import load_run
@@ -97,6 +98,18 @@ def test_crops_of_any_kind_and_size_are_embedded_as_extract_does(tiny_extractor,
     grey = arrays[0][..., 0]
     np.testing.assert_array_equal(tiny_extractor.embed_crops([grey, Image.fromarray(grey)]),
                                   tiny_extractor.embed_crops([np.stack([grey] * 3, axis=-1)] * 2))
+
+
+def test_the_guides_function_for_trackers_embeds_the_boxes_of_a_frame(tiny_run):
+    guide = (ROOT / "docs" / "own_crops.md").read_text()
+    program, = re.findall(r"```python\n(import jlml_jax.*?)```", guide, re.DOTALL)
+    defined = {}
+    exec(program.replace("runs/pretrained", str(tiny_run)), defined)
+    frame = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    features = defined["embed"](frame, [(-7.6, -3.2, 20.4, 40), (50, 20.5, 95.1, 70)])
+    expected = defined["extractor"].embed_crops([frame[:40, :20, ::-1], frame[20:, 50:, ::-1]])
+    np.testing.assert_array_equal(features, expected)
+    assert np.abs(features - defined["extractor"].embed_crops([frame[:40, :20], frame[20:, 50:]])).max() > 1e-3
 
 
 def test_crops_that_cannot_be_used_are_named(tiny_extractor, tmp_path):

@@ -475,6 +475,15 @@ def test_held_out_identities_of_trials_differ_and_other_data_sets_keep_their_tes
     assert protocols.tests("market1501", config.data)[0].protocol == "single-query"
 
 
+def test_who_is_held_out_is_random_and_depends_on_the_trial():
+    train = split_of([b""] * 16, np.repeat(np.arange(1, 9), 2), np.tile([1, 2], 8))
+    times = Counter()
+    for number in range(200):
+        held_out = protocols._hold_out(protocols.Trial("market1501", "", number, train=train), 2)
+        times.update(np.unique(held_out.query.identities).tolist())
+    assert sorted(times) == [*range(1, 9)] and 30 < min(times.values()) and max(times.values()) < 70  # 50 in the mean
+
+
 @pytest.mark.parametrize("name, number", [("viper", -1), ("viper", 2), ("folder/train_only", 2),
                                           ("folder/test_only", 1)])
 def test_identities_that_cannot_be_held_out_are_refused(config, name, number):
