@@ -18,9 +18,10 @@ from tqdm import tqdm
 from configs import default
 from jlml_jax import metrics, protocols
 from jlml_jax.arguments import Parser
-from jlml_jax.datasets.base import JUNK, Split, unpacked_root
+from jlml_jax.datasets.base import unpacked_root
 from jlml_jax.datasets.market1501 import ROOT
 from jlml_jax.datasets.matlab import integers, read_mat
+from jlml_jax.datasets.split import JUNK, Split
 from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.evaluate import labels_of
 from jlml_jax.protocols import Trial

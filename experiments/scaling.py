@@ -24,7 +24,7 @@ from experiments.tables import size
 from experiments.tables.report import markdown_table
 from jlml_jax import input_pipeline, provenance
 from jlml_jax.arguments import Parser
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.split import Split
 from jlml_jax.models import build_model
 
 NUM_CLASSES = 1_000

@@ -12,8 +12,8 @@ from jlml_jax import calibration, datasets, features_file, protocols
 from jlml_jax.arguments import Parser
 from jlml_jax.calibration import format_rate
 from jlml_jax.checkpoints import load_run
-from jlml_jax.datasets.base import DISTRACTOR, JUNK
-from jlml_jax.datasets.folder import NOBODY
+from jlml_jax.datasets.listing import NOBODY
+from jlml_jax.datasets.split import DISTRACTOR, JUNK
 from jlml_jax.errors import UserError, exit_status, printable
 from jlml_jax.extractor import Extractor, check_fingerprint, load_extractor, tell_unknown_cameras
 from jlml_jax.files import user_path

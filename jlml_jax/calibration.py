@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jlml_jax import provenance
-from jlml_jax.datasets.base import DISTRACTOR
+from jlml_jax.datasets.split import DISTRACTOR
 from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError
 from jlml_jax.extractor import Extractor

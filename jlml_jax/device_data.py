@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jlml_jax import parallel, sampling
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.split import Split
 
 
 @flax.struct.dataclass

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jlml_jax import augment, baselines, device_data, input_pipeline, metrics, parallel, sampling
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.split import Split
 from jlml_jax.distances import LazyRows, Products, numpy_products
 from jlml_jax.errors import UserError
 from jlml_jax.protocols import Trial

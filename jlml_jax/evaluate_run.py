@@ -14,7 +14,7 @@ import ml_collections
 from jlml_jax import evaluate, logs, norm_statistics, parallel, pictures, result_rows, training_history
 from jlml_jax.checkpoints import RESULTS, read_description, read_results
 from jlml_jax.command import Run
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.split import Split
 from jlml_jax.errors import UserError, first_few
 from jlml_jax.evaluate import FeatureCache, Features, Forward
 from jlml_jax.files import write_atomically

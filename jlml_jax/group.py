@@ -16,7 +16,7 @@ import numpy as np
 from jlml_jax import calibration, contact_sheet, features_file, grouping
 from jlml_jax.arguments import Parser
 from jlml_jax.calibration import format_rate
-from jlml_jax.datasets.folder import BOX_COLUMNS, NOBODY
+from jlml_jax.datasets.listing import BOX_COLUMNS, NOBODY
 from jlml_jax.errors import UserError, exit_status, first_few
 from jlml_jax.extractor import Extractor, check_fingerprint, embed_all, load_extractor
 from jlml_jax.features_file import FeaturesFile

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jlml_jax.datasets.base import Split
 from jlml_jax.datasets.images import decode_image
-from jlml_jax.datasets.stored import StoredImages
+from jlml_jax.datasets.split import Split, StoredImages
 from jlml_jax.errors import UserError
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlml_jax import augment, parallel
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.split import Split
 from jlml_jax.errors import UserError
 from jlml_jax.evaluate import FeatureCache, Features, Forward, decode_batches, extract_features
 from jlml_jax.layers import GLOBAL_PSEUDO_COUNT

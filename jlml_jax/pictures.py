@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from jlml_jax.augment import normalise
-from jlml_jax.datasets.base import JUNK
 from jlml_jax.datasets.images import save_whole
+from jlml_jax.datasets.split import JUNK
 from jlml_jax.distances import l2_distances
 from jlml_jax.errors import UserError
 from jlml_jax.models import JLML

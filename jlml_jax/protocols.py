@@ -10,8 +10,7 @@ import ml_collections
 import numpy as np
 
 from jlml_jax import datasets
-from jlml_jax.datasets.base import DISTRACTOR, Split
-from jlml_jax.datasets.stored import join_images
+from jlml_jax.datasets.split import DISTRACTOR, Split, join_images
 from jlml_jax.errors import UserError, first_few, printable
 
 VIPER_TRIALS = 10

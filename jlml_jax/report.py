@@ -32,7 +32,7 @@ from jlml_jax import (
 from jlml_jax.arguments import Parser
 from jlml_jax.checkpoints import SavedRun, load_run, read_results
 from jlml_jax.datasets import Names
-from jlml_jax.datasets.base import DISTRACTOR, Split
+from jlml_jax.datasets.split import DISTRACTOR, Split
 from jlml_jax.distances import LazyRows, l2_distances
 from jlml_jax.errors import UserError, exit_status
 from jlml_jax.extractor import Extractor

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 
 from jlml_jax import metrics
-from jlml_jax.datasets.base import DISTRACTOR
+from jlml_jax.datasets.split import DISTRACTOR
 from jlml_jax.protocols import Trial
 
 REPORTED_RANKS = (1, 5, 10, 20)

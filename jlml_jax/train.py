@@ -53,7 +53,7 @@ from jlml_jax.checkpoints import (
 from jlml_jax.command import Command, Run
 from jlml_jax.config_fields import refuse_unknown_fields
 from jlml_jax.config_ranges import check_ranges
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.split import Split
 from jlml_jax.errors import UserError, storage_errors_told
 from jlml_jax.evaluate_run import collect_trials, evaluate_run, evaluate_while_training, is_due, refuse_no_test
 from jlml_jax.files import refuse_address, user_path

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jlml_jax.datasets.base import JUNK
-from jlml_jax.datasets.folder import (
+from jlml_jax.datasets.images import Box, clip_box, crop_box, open_rgb, resize, shows_somebody, upright_size
+from jlml_jax.datasets.listing import (
     JUNK_ADVICE,
     NAME,
     NOBODY,
@@ -32,7 +32,7 @@ from jlml_jax.datasets.folder import (
     read_table,
     whole_number,
 )
-from jlml_jax.datasets.images import Box, clip_box, crop_box, open_rgb, resize, shows_somebody, upright_size
+from jlml_jax.datasets.split import JUNK
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.files import user_path
 

@@ -6,8 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from jlml_jax.datasets.base import Split
-from jlml_jax.datasets.stored import StoredImages
+from jlml_jax.datasets.split import Split, StoredImages
 
 SIZES = [(64, 32), (128, 64), (71, 37), (40, 20), (150, 33), (64, 64)]  # height, width
 BATCHES = [np.array([4, 0, 5]), np.array([1, 1, 2]), np.array([3, 5, 4])]  # of a split of that many images

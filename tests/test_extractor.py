@@ -28,6 +28,13 @@ def test_importing_the_package_imports_no_jax():
     assert done.returncode == 0, done.stderr
 
 
+def test_commands_on_a_users_own_images_do_without_tfds():
+    program = ("import sys; from jlml_jax import adapt, calibrate, compare, export, extract, group, pack, search, "
+               "unpack; assert 'tensorflow_datasets' not in sys.modules")
+    done = run_program(program)
+    assert done.returncode == 0, done.stderr
+
+
 def test_features_are_those_of_the_evaluation(tiny_extractor, tiny_run, market1501_dir):
     """The run's own forward, with its identity layers, on a split of its own data set."""
     run = load_run(tiny_run)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from processes import run_program
 
 from experiments.faults import inputs
-from jlml_jax.datasets import folder, grid, market1501, viper
+from jlml_jax.datasets import folder, grid, listing, market1501, viper
 from jlml_jax.errors import UserError
 
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=200)
@@ -60,8 +60,8 @@ def test_names_of_market_1501_say_who_and_where(identity, camera, sequence, fram
     person = "-1" if identity < 0 else f"{identity:04d}"
     name = f"{person}_c{camera}s{sequence}_{frame:06d}_{box:02d}{suffix}"
     assert crops_of(market1501.Market1501, name) == [(identity, camera)] * 4
-    match = folder.NAME.fullmatch(name)
-    number = {"distractor": 0, "junk": -1}.get(folder.identity_of(match), folder.identity_of(match))
+    match = listing.NAME.fullmatch(name)
+    number = {"distractor": 0, "junk": -1}.get(listing.identity_of(match), listing.identity_of(match))
     assert (int(number), int(match["camera"])) == (identity, camera)
 
 

@@ -19,7 +19,8 @@ from processes import WITHOUT_TENSORFLOW, run_program
 from jlml_jax import datasets, input_pipeline, prepare
 from jlml_jax.datasets import imagenet
 from jlml_jax.datasets.imagenet import ARCHIVES, Imagenet2012
-from jlml_jax.datasets.stored import StoredImages, open_split
+from jlml_jax.datasets.split import Split, StoredImages
+from jlml_jax.datasets.stored import open_split
 from jlml_jax.errors import UserError
 
 LABELS = {"n01440764": 0, "n01443537": 1, "n01629819": 25, "n15075141": 999}  # as in the ILSVRC's sorted list
@@ -149,7 +150,7 @@ def test_the_fingerprint_reads_no_image(built, tmp_path, monkeypatch):
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_loader_decodes_them_as_if_they_were_in_memory(splits, split):
     stored = splits[split]
-    memory = datasets.base.Split(stored.dataset, list(stored.images), stored.identities, stored.cameras, stored.names)
+    memory = Split(stored.dataset, list(stored.images), stored.identities, stored.cameras, stored.names)
     np.testing.assert_array_equal(stored.decode(32, 24), memory.decode(32, 24))
     batches = [np.array([6, 0, 2]), np.array([1, 1, 5])]
     for one, other in zip(input_pipeline.decode_batches(stored, iter(batches), 32, 24),

@@ -25,12 +25,11 @@ from splits import split_of
 
 from configs import default
 from jlml_jax import evaluate, metrics, prepare, protocols, result_rows
-from jlml_jax.datasets.base import Split
 from jlml_jax.datasets.cuhk03 import Cuhk03
 from jlml_jax.datasets.grid import PARTITIONS, Grid
 from jlml_jax.datasets.market1501 import Market1501
 from jlml_jax.datasets.msmt17 import Msmt17
-from jlml_jax.datasets.stored import StoredImages
+from jlml_jax.datasets.split import Split, StoredImages
 from jlml_jax.datasets.viper import Viper
 from jlml_jax.errors import UserError
 

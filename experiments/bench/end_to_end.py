@@ -15,7 +15,7 @@ from configs import default
 from experiments.bench import crops
 from experiments.bench.timing import NUM_IDENTITIES, bare_step, time_in_turn
 from jlml_jax import parallel, train, train_step
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.split import Split
 from jlml_jax.protocols import Protocol, Trial
 
 _DISPATCHES_A_LINE = 4  # of the log

@@ -16,7 +16,7 @@ import numpy as np
 from configs import default
 from experiments.bench import ranking
 from jlml_jax import evaluate
-from jlml_jax.datasets.base import DISTRACTOR, Split
+from jlml_jax.datasets.split import DISTRACTOR, Split
 from jlml_jax.protocols import Trial
 
 SIZES = (20_000, 100_000, 500_000, 1_000_000)

@@ -14,7 +14,7 @@ from experiments.bench import torch_peer
 from experiments.bench.crops import crops
 from experiments.bench.timing import ratio_of, time_in_turn
 from jlml_jax import augment, input_pipeline
-from jlml_jax.datasets.base import Split
+from jlml_jax.datasets.split import Split
 
 _CROP_PADDING, _WORKERS = 10, 2
 

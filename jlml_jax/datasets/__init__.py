@@ -1,20 +1,24 @@
-"""The data sets by name: one TFDS builder a benchmark."""
+"""The data sets by name: one TFDS builder a benchmark.
+
+TFDS is imported only where a builder is asked for: what works on a user's own images does without.
+"""
 
 import dataclasses
 import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging
-from google.protobuf import json_format
 
-from jlml_jax.datasets.base import DISTRACTOR, PersonDatasetBuilder, Split
+from jlml_jax.datasets.split import DISTRACTOR, Split
 from jlml_jax.errors import UserError, first_few, storage_errors_told
 from jlml_jax.files import refuse_address
+
+if TYPE_CHECKING:
+    from jlml_jax.datasets.base import ArrayRecordBuilder
 
 # Where a builder has configurations, a name is that of the data set and that of the configuration, as in TFDS.
 _BUILDERS = {
@@ -33,7 +37,7 @@ _BUILDERS = {
 NAMES = tuple(sorted(_BUILDERS))
 
 
-def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
+def builder(name: str, data_dir: str | None = None) -> "ArrayRecordBuilder":
     """The TFDS builder of data set `name`; `data_dir` defaults to TFDS's own (~/tensorflow_datasets).
 
     Raises:
@@ -44,6 +48,9 @@ def builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     known = "folder/NAME" if family == "folder" else name
     if known not in _BUILDERS:
         raise UserError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
+    import tensorflow_datasets as tfds
+    from google.protobuf import json_format
+
     # TFDS warns of a folder without data, which is told better by what then fails.
     logging.set_verbosity(logging.ERROR)
     module, class_name = _BUILDERS[known].split(":")
@@ -73,6 +80,8 @@ def load_distractors(name: str, data_dir: str | None = None) -> list[Split]:
     Raises:
         UserError: it is not prepared or damaged, or has no crops of people.
     """
+    from jlml_jax.datasets.base import PersonDatasetBuilder
+
     dataset = _prepared(name, data_dir)
     if not isinstance(dataset, PersonDatasetBuilder):
         raise UserError(f"{name} has no crops of people, or of what a detector takes for them; give another data set")
@@ -124,7 +133,7 @@ def names(name: str, data_dir: str | None = None) -> Names:
     return Names(found["identities"], found["cameras"] or None)
 
 
-def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+def _prepared(name: str, data_dir: str | None) -> "ArrayRecordBuilder":
     dataset = builder(name, data_dir)
     if not dataset.is_prepared():
         if not dataset.DRAWN:

@@ -1,4 +1,4 @@
-"""What every person data set has in common: its features on disk, and a split of it in memory."""
+"""What the builders of all data sets have in common, and what original files hold."""
 
 import contextlib
 import dataclasses
@@ -18,16 +18,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 from tqdm import tqdm
 
-from jlml_jax.datasets.images import decode_image
-from jlml_jax.datasets.stored import EXAMPLES_AT_ONCE, StoredImages, full_name, open_split, read_examples
+from jlml_jax.datasets.split import DISTRACTOR, EXAMPLES_AT_ONCE, JUNK, Split, StoredImages, read_examples
+from jlml_jax.datasets.stored import full_name, open_split
 from jlml_jax.errors import UserError, first_few
 from jlml_jax.files import lock
-
-JUNK = -1
-DISTRACTOR = 0
 
 
 class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -118,7 +114,7 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
         """As that of the base; a copy without `metadata.json` would not say that it is incomplete or degraded."""
         return super().is_prepared() and (self.data_path / "metadata.json").exists()
 
-    def load_split(self, split: str) -> "Split":
+    def load_split(self, split: str) -> Split:
         """Reads a prepared split into memory, sorted by name. Needs TensorFlow for TFRecord alone.
 
         Raises:
@@ -144,7 +140,7 @@ class PersonDatasetBuilder(ArrayRecordBuilder, skip_registration=True):
             names=np.array([example["name"].decode() for example in examples]),
         )
 
-    def load_stored_split(self, split: str) -> "Split":
+    def load_stored_split(self, split: str) -> Split:
         """A prepared split in the order on disk, its images left there, after all were read once. No TensorFlow.
 
         Raises:
@@ -305,75 +301,3 @@ def parse_names(root: Path, folders: Sequence[str], pattern: re.Pattern, suffixe
         raise UserError(f"{len(unparsable)} image names in {root} are not like {example}: {first_few(unparsable)}; "
                         f"{remedy}")
     return images, strays
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Images of one data set, still encoded, in memory or on disk, with their annotation."""
-
-    dataset: str  # as in datasets.NAMES
-    images: Sequence[bytes] | StoredImages  # N encoded files
-    identities: np.ndarray  # int64 [N]
-    cameras: np.ndarray  # int64 [N]
-    names: np.ndarray  # str [N]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, indices: np.ndarray) -> list[bytes]:
-        """The encoded images at `indices` (int [M])."""
-        if isinstance(self.images, StoredImages):
-            return self.images.read(indices)
-        return [self.images[i] for i in indices]
-
-    def select(self, indices: np.ndarray) -> "Split":
-        """The images at `indices` (int [M]), in that order; what is on disk stays there."""
-        images = self.images.select(indices) if isinstance(self.images, StoredImages) else self.read(indices)
-        return Split(self.dataset, images, self.identities[indices], self.cameras[indices], self.names[indices])
-
-    def keys(self) -> Iterator[bytes]:
-        """What tells images apart: the encoded files; for images on disk, which are not read, their SHA-256."""
-        return iter(self.images.digests() if isinstance(self.images, StoredImages) else self.images)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over names, annotation and encoded images: equal exactly when the split is.
-
-        Images on disk are not read: their own SHA-256 stand for them.
-        """
-        digest = hashlib.sha256()
-        for name, identity, camera, image in zip(self.names, self.identities, self.cameras, self.keys(), strict=True):
-            digest.update(f"{name}\0{identity}\0{camera}\0{len(image)}\0".encode())
-            digest.update(image)
-        return digest.hexdigest()
-
-    def training_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width to decode to for an input of `height` x `width`, to which the training step resizes.
-
-        The images' own, where all in memory share one that is no larger: so they are few bytes to hold and to move.
-        """
-        if isinstance(self.images, StoredImages) or not self.images:
-            return height, width
-        own = decode_image(self.images[0], f"{self.dataset}: {self.names[0]}").shape[:2]
-        if own == (height, width) or own[0] > height or own[1] > width:
-            return height, width
-        with contextlib.suppress(Exception):  # what does not decode is named once it is decoded
-            for encoded in self.images:
-                with Image.open(io.BytesIO(encoded)) as image:  # reads the size alone
-                    if image.size != own[::-1]:
-                        break
-            else:
-                return own
-        return height, width
-
-    def decode(self, height: int, width: int) -> np.ndarray:
-        """All images as one uint8 array [N, height, width, 3], resized by an antialiased triangle filter."""
-        def decode(index: int, encoded: bytes) -> np.ndarray:
-            return decode_image(encoded, f"{self.dataset}: {self.names[index]}", height, width)
-
-        decoded = np.empty((len(self), height, width, 3), np.uint8)
-        with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes and resizes
-            for start in range(0, len(self), EXAMPLES_AT_ONCE):
-                indices = np.arange(start, min(start + EXAMPLES_AT_ONCE, len(self)))
-                for index, image in zip(indices, pool.map(decode, indices, self.read(indices)), strict=True):
-                    decoded[index] = image
-        return decoded

@@ -1,15 +1,12 @@
 """`folder/NAME`: a user's own crops, from a CSV or from a folder of images named as Market-1501's are."""
 
-import csv
 import dataclasses
 import functools
 import io
 import itertools
-import math
 import os
 import re
 import threading
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jlml_jax.datasets.base import DISTRACTOR, JUNK, BenchmarkBuilder, Crop, Originals, parse_names
+from jlml_jax.datasets.base import BenchmarkBuilder, Crop, Originals, parse_names
 from jlml_jax.datasets.images import (
     Box,
     clip_box,
@@ -30,22 +27,33 @@ from jlml_jax.datasets.images import (
     shows_somebody,
     upright_size,
 )
+from jlml_jax.datasets.listing import (
+    BOX_COLUMNS,
+    EXAMPLE,
+    JUNK_ADVICE,
+    NAME,
+    NOBODY,
+    box_of,
+    clipped_note,
+    identity_of,
+    in_order,
+    is_unicode,
+    make_path_within,
+    notes_on_identities,
+    read_table,
+    refuse,
+    whole_number,
+)
+from jlml_jax.datasets.split import JUNK
 from jlml_jax.errors import UserError, first_few, printable
 from jlml_jax.files import cached_realpath
 
 SPLITS = ("train", "query", "gallery")
 COLUMNS = ("image", "identity")
 OPTIONAL_COLUMNS = ("camera", "split")  # and those of a box
-BOX_COLUMNS = ("x", "y", "width", "height")
-NOBODY = {"distractor": DISTRACTOR, "junk": JUNK}  # words in the place of an identity
-_MISSING = ("nan", "None", "<NA>")  # as pandas and NumPy write a missing cell as text
 FOLDERS = {"train": ("train", "bounding_box_train"), "query": ("query",), "gallery": ("gallery", "bounding_box_test")}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SEED = 0  # of the splits that are drawn
-
-# 0002_c1s1_000451_03.jpg or 17_c3.png: identity, camera, anything.
-NAME = re.compile(r"(?P<identity>-1|[0-9]+)_c(?P<camera>[0-9]+).*(?i:\.jpe?g|\.png|\.bmp|\.webp)")
-_EXAMPLE = "0002_c1s1_000451_03.jpg"
 
 _TURNED = range(2, 9)  # Exif orientations; 1 is upright
 _FRAMES_KEPT = 4  # decoded, for the boxes that follow in them
@@ -85,7 +93,7 @@ class Folder(BenchmarkBuilder):
         "Give a CSV file with the columns image (a path within the CSV's folder), identity (any text; distractor and "
         "junk are nobody), camera (any text; leave the column out where cameras are not known) and, unless it is to be "
         "drawn, split (train, query or gallery); where images are full frames, also x, y, width and height of a box a "
-        f"line, in pixels of the upright frame. Or give a folder of images named like {_EXAMPLE}: the identity, 0 for "
+        f"line, in pixels of the upright frame. Or give a folder of images named like {EXAMPLE}: the identity, 0 for "
         "a distractor, -1 for junk, and after _c the camera; the images in it are split at random, those in its "
         "folders train, query and gallery are not."
     )
@@ -136,28 +144,18 @@ class Folder(BenchmarkBuilder):
                          tuple(notes))
 
 
-# What a CSV of images may not have as an identity, and what instead.
-JUNK_ADVICE = f"write junk for identity {JUNK}, and distractor where {DISTRACTOR} is nobody"
-
-
-def _refuse(source: Path, offenders: Sequence[str], what: str, remedy: str) -> None:
-    """A UserError if there are any `offenders`, which are `what`."""
-    if offenders:
-        raise UserError(f"{source}: {len(offenders):,} {what}: {first_few(offenders)}; {remedy}")
-
-
 def _read_csv(path: Path, clip_boxes: bool) -> tuple[list[_Row], list[str], list[str]]:
     """The images that a CSV lists; no unexpected files; notes."""
     lines, notes = read_table(path, COLUMNS, OPTIONAL_COLUMNS)
     given = [column for column in OPTIONAL_COLUMNS if any(cells.get(column) for _, cells in lines)]
     needed = [*COLUMNS, *given, *(BOX_COLUMNS if "x" in lines[0][1] else ())]
-    _refuse(path, [f"line {line} ({', '.join(empty)})" for line, cells in lines
+    refuse(path, [f"line {line} ({', '.join(empty)})" for line, cells in lines
                    if (empty := [column for column in needed if not cells[column]])],
             "lines lack a cell", "fill them in or remove the lines")
     if "split" in given:
-        _refuse(path, [f"line {line} ({cells['split']})" for line, cells in lines if cells["split"] not in SPLITS],
+        refuse(path, [f"line {line} ({cells['split']})" for line, cells in lines if cells["split"] not in SPLITS],
                 "lines have an unknown split", f"known are {', '.join(SPLITS)}")
-    _refuse(path, [f"line {line}" for line, cells in lines if whole_number(cells["identity"]) == JUNK],
+    refuse(path, [f"line {line}" for line, cells in lines if whole_number(cells["identity"]) == JUNK],
             f"lines have the identity {JUNK}", JUNK_ADVICE)
     numbers = [line for line, _ in lines]
     names = _paths_within(path, [(line, cells["image"]) for line, cells in lines])
@@ -185,7 +183,7 @@ def _boxes(path: Path, lines: Sequence[tuple[int, dict[str, str]]]) -> list[Box 
             boxes.append(box_of(cells))
         except ValueError as error:
             bad.append(f"line {line}: {error}")
-    _refuse(path, bad, "lines have a bad box", "mend or remove them")
+    refuse(path, bad, "lines have a bad box", "mend or remove them")
     return boxes
 
 
@@ -196,100 +194,6 @@ def _clip(boxes: Sequence[Box | None], paths: Sequence[Path]) -> tuple[list[Box 
         sizes = dict(zip(frames, pool.map(upright_size, frames), strict=True))
     clipped = [box and clip_box(box, sizes[path]) for path, box in zip(paths, boxes, strict=True)]
     return clipped, sum(one != other for one, other in zip(boxes, clipped, strict=True))
-
-
-def clipped_note(number: int) -> str:
-    """A line to tell the user."""
-    return f"{number:,} boxes cross the edge of their frame and are cut to it"
-
-
-def box_of(cells: Mapping[str, str]) -> Box | None:
-    """The box in a line of a CSV, rounded to pixels; None if it has none.
-
-    Raises:
-        ValueError: it cannot be one; the message says why.
-    """
-    if "x" not in cells:
-        return None
-    shown = printable(cells["image"])
-    try:
-        numbers = [float(cells[column]) for column in BOX_COLUMNS]
-    except ValueError as error:
-        raise ValueError(f"the box of {shown} is not four numbers") from error
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"the box of {shown} is not finite")
-    x, y, width, height = map(round, numbers)
-    if width < 1 or height < 1:
-        raise ValueError(f"the box of {shown} is {width} x {height} pixels, which is nothing")
-    return x, y, width, height
-
-
-def read_table(path: Path, needed: Sequence[str], known: Sequence[str] = ()
-               ) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
-    """The number of each line of a CSV that is not empty, after the first, and its cells by column; notes.
-
-    The columns of a box are known, too: if any line has cells x, all have those of `BOX_COLUMNS`.
-
-    Raises:
-        UserError: it is no such file, or it lacks a `needed` column, or one of a box, or has one that is read twice.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it has NUL characters")
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path}; give a CSV file or a folder of images") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not text in UTF-8 ({error}); save it as a CSV file in UTF-8") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; mend the quotation marks") from error
-    if not lines:
-        raise UserError(f"{path} is empty; its first line must name the columns {', '.join(needed)}")
-    (_, header), *lines = lines
-    if missing := [column for column in needed if column not in header]:
-        first = ",".join(f'"{cell}"' if "," in cell else cell for cell in header)  # all in one cell, as Excel quotes it
-        raise UserError(f"{path} has no column {' and no column '.join(missing)}: its first line is "
-                        f"{first[:80]!r}, but must name {', '.join(needed)}, each a cell, with commas between them")
-    if "x" in header or "y" in header:  # width and height alone are an image's
-        known = (*known, *BOX_COLUMNS)
-        if missing := [column for column in BOX_COLUMNS if column not in header]:
-            raise UserError(f"{path} lacks {', '.join(missing)} of a box; its columns are {', '.join(BOX_COLUMNS)}, or "
-                            "none of these")
-    if twice := [column for column in (*needed, *known) if header.count(column) > 1]:
-        raise UserError(f"{path} has two columns {twice[0]}; remove one")
-    if not lines:
-        raise UserError(f"{path} lists no images; add a line for each")
-    _refuse(path, [f"line {number} ({len(cells)})" for number, cells in lines if len(cells) != len(header)],
-            f"lines have not {len(header)} cells, as the first has", "quote cells with a comma in them")
-    unread = [printable(title) for title in header if title and title not in (*needed, *known)]
-    return ([(number, dict(zip(header, cells, strict=True))) for number, cells in lines],
-            [f"columns that are not read: {', '.join(unread)}"] if unread else [])
-
-
-def make_path_within(root: str) -> Callable[[str], str]:
-    """A function of a path that a CSV in the folder `root` (as os.path.realpath has it) names: the path, relative to
-    the folder, without `.` and `..`. What many lines name, such as a frame of many boxes, is looked up once.
-
-    It raises a ValueError if the path is absolute or leads out of the folder; the message says which.
-    """
-    realpath = cached_realpath()
-
-    @functools.cache
-    def path_within(file: str) -> str:
-        normal = os.path.normpath(file)
-        if os.path.isabs(file):
-            raise ValueError("is an absolute path, and must start from the folder of the CSV")
-        # The text first: what lies outside is not even looked at.
-        if normal == os.pardir or normal.startswith(os.pardir + os.sep):
-            raise ValueError("leaves the folder of the CSV")
-        if not Path(realpath(os.path.join(root, normal))).is_relative_to(root):
-            raise ValueError("leaves the folder of the CSV by a symbolic link")
-        return Path(normal).as_posix()
-
-    return path_within
 
 
 def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
@@ -303,9 +207,9 @@ def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
             names.append(path_within(image))
         except ValueError as error:
             outside.append(f"{printable(image)} (line {line}) {error}")
-    _refuse(path, outside, "images do not lie within its folder", "put the CSV into the folder in which they lie, "
+    refuse(path, outside, "images do not lie within its folder", "put the CSV into the folder in which they lie, "
             "and give paths from there")
-    _refuse(path, [image for (_, image), name in zip(images, names, strict=True)
+    refuse(path, [image for (_, image), name in zip(images, names, strict=True)
                    if not os.path.isfile(path.parent / name)],
             f"images are not in {path.parent}", "paths start from the CSV's folder, with / between folders")
     return names
@@ -317,7 +221,7 @@ def _refuse_repeated(path: Path, lines: Sequence[int], names: Sequence[str], box
     for line, name, box in zip(lines, names, boxes, strict=True):
         same[realpath(path.parent / name), box].append(line)
     root = os.path.realpath(path.parent)
-    _refuse(path, [f"{os.path.relpath(file, root)}{_told(box)} (lines {', '.join(map(str, listed))})"
+    refuse(path, [f"{os.path.relpath(file, root)}{_told(box)} (lines {', '.join(map(str, listed))})"
                    for (file, box), listed in same.items() if len(listed) > 1],
             "images are listed more than once", "remove the lines too many")
 
@@ -328,9 +232,9 @@ def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
     for names in FOLDERS.values():
         if len(both := [name for name in names if name in folders]) > 1:
             raise UserError(f"{root} has both {' and '.join(both)}; remove or rename one")
-    images, unexpected = parse_names(root, list(folders) or ["."], NAME, SUFFIXES, _EXAMPLE,
+    images, unexpected = parse_names(root, list(folders) or ["."], NAME, SUFFIXES, EXAMPLE,
                                      "remove or rename them, or list the images in a CSV")
-    _refuse(root, [ascii(path.name) for matches in images.values() for path, _ in matches if not is_unicode(path.name)],
+    refuse(root, [ascii(path.name) for matches in images.values() for path, _ in matches if not is_unicode(path.name)],
             "names are not valid UTF-8", "rename them")
     if folders:
         unexpected += [path.name for path in sorted(root.iterdir()) if path.name not in folders]
@@ -338,61 +242,16 @@ def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
                  folders.get(folder, ""), name)
             for folder, matches in images.items() for path, match in matches]
     if not rows:
-        raise UserError(f"{root} has no images named like {_EXAMPLE}, neither in itself nor in folders "
+        raise UserError(f"{root} has no images named like {EXAMPLE}, neither in itself nor in folders "
                         f"{', '.join(SPLITS)}; rename them, or list them in a CSV")
     return rows, unexpected, []
 
 
-def identity_of(match: re.Match) -> str:
-    """The identity in a name that is like NAME: a number as text, or a word of NOBODY."""
-    words = {str(number): word for word, number in NOBODY.items()}
-    number = str(int(match["identity"]))
-    return words.get(number, number)
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a file name is valid UTF-8, which Linux does not ask for."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def whole_number(name: str) -> int | None:
-    """The number that a name is; also as pandas writes it where cells of the column are missing, 12.0."""
-    match = re.fullmatch(r"(-?[0-9]{1,18})(\.0+)?", name)
-    return int(match[1]) if match else None
-
-
-def notes_on_identities(names: Iterable[str]) -> list[str]:
-    """Of those that look like nobody, and are not among NOBODY."""
-    return [f"identity {name} is taken for a person; where it is nobody, write distractor"
-            for name in sorted(set(names)) if whole_number(name) == DISTRACTOR or name in _MISSING]
-
-
-def in_order(names: set[str], source: Path, what: str) -> list[str]:
-    """Sorted, in the order of numbers if all are; a UserError if a name or a number is written in two ways."""
-    same = defaultdict(list)  # an é may be one character, or an e and an accent
-    for name in sorted(names):
-        same[unicodedata.normalize("NFC", name)].append(name)
-    _refuse(source, [" and ".join(map(ascii, written)) for written in same.values() if len(written) > 1],
-            f"{what} are written in two ways", "write them in one")
-    numbers = {name: whole_number(name) for name in names}
-    if None in numbers.values():
-        return sorted(names)
-    ordered = sorted(names, key=lambda name: (numbers[name], name))
-    _refuse(source, [f"{one} and {other}" for one, other in itertools.pairwise(ordered)
-                     if numbers[one] == numbers[other]],
-            f"{what} are written in two ways", "write them in one")
-    return ordered
-
-
 def _check_splits(splits: Mapping[str, Sequence[_Row]], source: Path) -> None:
-    _refuse(source, [row.name for split in ("train", "query") for row in splits[split] if row.identity in NOBODY],
+    refuse(source, [row.name for split in ("train", "query") for row in splits[split] if row.identity in NOBODY],
             "images of train or query are distractors or junk", "they can be in the gallery alone")
     people = {split: {row.identity for row in rows} for split, rows in splits.items()}
-    _refuse(source, sorted(people["train"] & (people["query"] | people["gallery"])),
+    refuse(source, sorted(people["train"] & (people["query"] | people["gallery"])),
             "identities are both in train and in query or gallery",
             "the result would mean nothing: give each to training or to the test")
 

@@ -15,8 +15,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from jlml_jax.datasets.base import ArrayRecordBuilder, Split
-from jlml_jax.datasets.stored import StoredImages, open_split, read_examples
+from jlml_jax.datasets.base import ArrayRecordBuilder
+from jlml_jax.datasets.split import Split, StoredImages, read_examples
+from jlml_jax.datasets.stored import open_split
 from jlml_jax.errors import UserError
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}

@@ -1,17 +1,13 @@
 """Reading what a TFDS builder wrote, by index: examples, and encoded images that stay on disk. Needs no TensorFlow."""
 
 import contextlib
-import hashlib
 import resource
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from jlml_jax.errors import UserError
-
-EXAMPLES_AT_ONCE = 256  # many times faster than one by one, and yet small in memory
 
 
 def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
@@ -65,72 +61,3 @@ class _Examples(Sequence[dict[str, Any]]):
             if any(value is None for example in examples for value in example.values()):
                 raise RuntimeError("an example is empty")
             return examples
-
-
-def read_examples(source: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """All examples of `source` in its order."""
-    for start in range(0, len(source), EXAMPLES_AT_ONCE):
-        yield from source.__getitems__(range(start, min(start + EXAMPLES_AT_ONCE, len(source))))
-
-
-class StoredImages(Sequence[bytes]):
-    """Encoded images that are read from disk whenever they are asked for; threads may share them."""
-
-    def __init__(self, source: Sequence[dict[str, Any]], digests: np.ndarray, rows: np.ndarray | None = None):
-        """Args:
-            source: all examples of a split, as `open_split` gives them.
-            digests: their images' SHA-256, uint8 [len(source), 32].
-            rows: which of them, int [N]; None for all.
-        """
-        self._source, self._digests = source, digests
-        self._rows = np.arange(len(source)) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self._source[self._rows[index]]["image"]
-
-    def read(self, indices: np.ndarray) -> list[bytes]:
-        """The images at `indices` (int [M]), read in parallel."""
-        return [example["image"] for example in self._source.__getitems__(self._rows[indices].tolist())]
-
-    def select(self, indices: np.ndarray) -> "StoredImages":
-        """The images at `indices` (int [M]), in that order, still on disk."""
-        return StoredImages(self._source, self._digests, self._rows[indices])
-
-    def digests(self) -> Iterator[bytes]:
-        """The images' SHA-256, without reading them."""
-        return (self._digests[row].tobytes() for row in self._rows)
-
-
-def join_images(parts: Sequence[Sequence[bytes] | StoredImages]) -> StoredImages:
-    """The images of all `parts`, one after another; those on disk stay there."""
-    digests = [digest for part in parts for digest in (
-        part.digests() if isinstance(part, StoredImages) else (hashlib.sha256(image).digest() for image in part))]
-    return StoredImages(_Joined(parts), np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1))
-
-
-class _Joined(Sequence[dict[str, Any]]):
-    """What StoredImages reads from, of several parts."""
-
-    def __init__(self, parts: Sequence[Sequence[bytes] | StoredImages]):
-        self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.__getitems__([row])[0]
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        rows = np.asarray(rows, int)
-        numbers = self._ends.searchsorted(rows, "right")
-        images = {}
-        for number in np.unique(numbers):
-            part, chosen = self._parts[number], rows[numbers == number]
-            within = chosen - self._ends[number] + len(part)
-            read = part.read(within) if isinstance(part, StoredImages) else [part[index] for index in within]
-            images |= zip(chosen.tolist(), read, strict=True)
-        return [{"image": images[row]} for row in rows.tolist()]
