@@ -13,6 +13,7 @@ from PIL import Image
 
 from jlml_jax.datasets.images import decode_image
 
+# In the place of a person's number, 1 and up.
 JUNK = -1
 DISTRACTOR = 0
 EXAMPLES_AT_ONCE = 256  # many times faster than one by one, and yet small in memory
