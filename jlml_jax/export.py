@@ -79,12 +79,10 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
     build = _onnx_builder() if file_format == "onnx" else _build_stablehlo
 
     run, mesh = load_run(workdir), parallel.make_mesh(jax.local_devices()[:1])
-    thresholds = _thresholds_of(run, mesh, camera)
-    if no_flip and run.config.evaluate.flip_average:
+    no_flip = no_flip and run.config.evaluate.flip_average
+    thresholds = _thresholds_of(run, mesh, camera, no_flip)
+    if no_flip:
         run.config.evaluate.flip_average = False
-        if thresholds is not None:
-            thresholds = None
-            print(f"{calibration.FILE} is left out: it is of features with the mirror images'")
     if camera is not None:
         known = run.cameras.cameras if run.cameras else ()
         if camera not in known:
@@ -113,12 +111,15 @@ def export_run(workdir: str | Path, file_format: str, output: str | Path, signat
           f"agrees with the run on {max(BATCH_SIZES)} drawn people to {error:.1e} of the features' norm")
 
 
-def _thresholds_of(run: SavedRun, mesh: Mesh, camera: str | None) -> dict[str, Any] | None:
-    """The run's calibration, if it is of such features as the graph will give."""
+def _thresholds_of(run: SavedRun, mesh: Mesh, camera: str | None, no_flip: bool) -> dict[str, Any] | None:
+    """The run's calibration, if it is of such features as the graph will give; with `no_flip` it is not."""
     found = calibration.load(run.workdir, Extractor(run, mesh))
     if found is not None and run.cameras and camera is None:
         print(f"{calibration.FILE} is left out: it is of features by each camera's statistics, and the graph uses "
               "those of all cameras together; --camera makes one that uses a camera's")
+        return None
+    if found is not None and no_flip:
+        print(f"{calibration.FILE} is left out: it is of features with the mirror images'")
         return None
     return found
 

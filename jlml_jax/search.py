@@ -118,7 +118,7 @@ def _open(gallery: str, index: str | None, picture: str | None, workdir: Path, e
         opened, listed = update_gallery(folder, listing.images, extractor, keep_going=keep_going)
         listed.sort(key=lambda loaded: loaded.place)  # so that a track's middle is that of the list
         row_of = opened.rows_of([loaded.digest for loaded in listed])
-        rows = np.array([row_of[loaded.digest] for loaded in listed])
+        rows = np.array([row_of[loaded.digest] for loaded in listed], np.int64)
         if any(loaded.image.track for loaded in listed):
             named = [dataclasses.replace(loaded.image, file=str(loaded.image.path.absolute())) for loaded in listed]
             return TrackGallery(opened, named, rows, extractor), None  # named as a gallery's images are

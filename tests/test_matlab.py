@@ -1,5 +1,7 @@
 """MATLAB files, which a process of its own reads."""
 
+import os
+
 import numpy as np
 import pytest
 import scipy.io
@@ -43,7 +45,7 @@ resource.setrlimit = setrlimit
 def test_a_reader_that_dies_is_told_and_another_one_reads_on(tmp_path):
     scipy.io.savemat(tmp_path / "a.mat", {"number": 7})
     matlab.read_mat(tmp_path / "a.mat", "number")
-    reader = matlab._reader(matlab.os.getpid())
+    reader = matlab._reader(os.getpid())
     reader.kill()
     reader.wait()
     with pytest.raises(UserError, match=r"a\.mat does not read as a MATLAB file \(its reader ended with status -9\)"):

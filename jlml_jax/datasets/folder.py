@@ -150,13 +150,13 @@ def _read_csv(path: Path, clip_boxes: bool) -> tuple[list[_Row], list[str], list
     given = [column for column in OPTIONAL_COLUMNS if any(cells.get(column) for _, cells in lines)]
     needed = [*COLUMNS, *given, *(BOX_COLUMNS if "x" in lines[0][1] else ())]
     refuse(path, [f"line {line} ({', '.join(empty)})" for line, cells in lines
-                   if (empty := [column for column in needed if not cells[column]])],
-            "lines lack a cell", "fill them in or remove the lines")
+                  if (empty := [column for column in needed if not cells[column]])],
+           "lines lack a cell", "fill them in or remove the lines")
     if "split" in given:
         refuse(path, [f"line {line} ({cells['split']})" for line, cells in lines if cells["split"] not in SPLITS],
-                "lines have an unknown split", f"known are {', '.join(SPLITS)}")
+               "lines have an unknown split", f"known are {', '.join(SPLITS)}")
     refuse(path, [f"line {line}" for line, cells in lines if whole_number(cells["identity"]) == JUNK],
-            f"lines have the identity {JUNK}", JUNK_ADVICE)
+           f"lines have the identity {JUNK}", JUNK_ADVICE)
     numbers = [line for line, _ in lines]
     names = _paths_within(path, [(line, cells["image"]) for line, cells in lines])
     boxes = _boxes(path, lines)
@@ -208,10 +208,10 @@ def _paths_within(path: Path, images: Sequence[tuple[int, str]]) -> list[str]:
         except ValueError as error:
             outside.append(f"{printable(image)} (line {line}) {error}")
     refuse(path, outside, "images do not lie within its folder", "put the CSV into the folder in which they lie, "
-            "and give paths from there")
+           "and give paths from there")
     refuse(path, [image for (_, image), name in zip(images, names, strict=True)
-                   if not os.path.isfile(path.parent / name)],
-            f"images are not in {path.parent}", "paths start from the CSV's folder, with / between folders")
+                  if not os.path.isfile(path.parent / name)],
+           f"images are not in {path.parent}", "paths start from the CSV's folder, with / between folders")
     return names
 
 
@@ -222,8 +222,8 @@ def _refuse_repeated(path: Path, lines: Sequence[int], names: Sequence[str], box
         same[realpath(path.parent / name), box].append(line)
     root = os.path.realpath(path.parent)
     refuse(path, [f"{os.path.relpath(file, root)}{_told(box)} (lines {', '.join(map(str, listed))})"
-                   for (file, box), listed in same.items() if len(listed) > 1],
-            "images are listed more than once", "remove the lines too many")
+                  for (file, box), listed in same.items() if len(listed) > 1],
+           "images are listed more than once", "remove the lines too many")
 
 
 def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
@@ -235,7 +235,7 @@ def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
     images, unexpected = parse_names(root, list(folders) or ["."], NAME, SUFFIXES, EXAMPLE,
                                      "remove or rename them, or list the images in a CSV")
     refuse(root, [ascii(path.name) for matches in images.values() for path, _ in matches if not is_unicode(path.name)],
-            "names are not valid UTF-8", "rename them")
+           "names are not valid UTF-8", "rename them")
     if folders:
         unexpected += [path.name for path in sorted(root.iterdir()) if path.name not in folders]
     rows = [_Row(path, name := path.relative_to(root).as_posix(), identity_of(match), str(int(match["camera"])),
@@ -249,11 +249,11 @@ def _list_folder(root: Path) -> tuple[list[_Row], list[str], list[str]]:
 
 def _check_splits(splits: Mapping[str, Sequence[_Row]], source: Path) -> None:
     refuse(source, [row.name for split in ("train", "query") for row in splits[split] if row.identity in NOBODY],
-            "images of train or query are distractors or junk", "they can be in the gallery alone")
+           "images of train or query are distractors or junk", "they can be in the gallery alone")
     people = {split: {row.identity for row in rows} for split, rows in splits.items()}
     refuse(source, sorted(people["train"] & (people["query"] | people["gallery"])),
-            "identities are both in train and in query or gallery",
-            "the result would mean nothing: give each to training or to the test")
+           "identities are both in train and in query or gallery",
+           "the result would mean nothing: give each to training or to the test")
 
 
 def _draw_splits(rows: Sequence[_Row], identities: Sequence[str], cameras_known: bool

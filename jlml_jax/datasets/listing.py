@@ -100,7 +100,7 @@ def read_table(path: Path, needed: Sequence[str], known: Sequence[str] = ()
     if not lines:
         raise UserError(f"{path} lists no images; add a line for each")
     refuse(path, [f"line {number} ({len(cells)})" for number, cells in lines if len(cells) != len(header)],
-            f"lines have not {len(header)} cells, as the first has", "quote cells with a comma in them")
+           f"lines have not {len(header)} cells, as the first has", "quote cells with a comma in them")
     unread = [printable(title) for title in header if title and title not in (*needed, *known)]
     return ([(number, dict(zip(header, cells, strict=True))) for number, cells in lines],
             [f"columns that are not read: {', '.join(unread)}"] if unread else [])
@@ -163,12 +163,12 @@ def in_order(names: set[str], source: Path, what: str) -> list[str]:
     for name in sorted(names):
         same[unicodedata.normalize("NFC", name)].append(name)
     refuse(source, [" and ".join(map(ascii, written)) for written in same.values() if len(written) > 1],
-            f"{what} are written in two ways", "write them in one")
+           f"{what} are written in two ways", "write them in one")
     numbers = {name: whole_number(name) for name in names}
     if None in numbers.values():
         return sorted(names)
     ordered = sorted(names, key=lambda name: (numbers[name], name))
     refuse(source, [f"{one} and {other}" for one, other in itertools.pairwise(ordered)
-                     if numbers[one] == numbers[other]],
-            f"{what} are written in two ways", "write them in one")
+                    if numbers[one] == numbers[other]],
+           f"{what} are written in two ways", "write them in one")
     return ordered
