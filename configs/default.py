@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     augment.flip = True  # half of the crops, left to right
     augment.crop_padding = 0  # pixels: pad by as many on every side and crop back at random
     augment.color_jitter = 0.0  # brightness, contrast and saturation change by factors of up to 1 - and 1 + this
+    augment.white_balance = 0.0  # red, green and blue change by factors of their own, from 1 - to 1 + this
     augment.erasing_probability = 0.0  # of random erasing (Zhong et al. 2020): a rectangle takes the mean colour
 
     config.model = model = ConfigDict()  # the fields of models.JLML

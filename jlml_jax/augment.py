@@ -57,6 +57,8 @@ def _augment_one(settings, data, key, image):
     image = _resample(_resample(image, rows, height, axis=0), columns, width, axis=1)
     if settings.color_jitter:
         image = _jitter_color(jax.random.fold_in(key, 3), image.astype(jnp.float32), settings.color_jitter)
+    if settings.white_balance:
+        image = _change_white_balance(jax.random.fold_in(key, 4), image.astype(jnp.float32), settings.white_balance)
     if settings.erasing_probability:
         erased = _erased_area(jax.random.fold_in(key, 2), image.shape, settings.erasing_probability)
         image = jnp.where(erased[..., None], _mean_pixel(data).astype(image.dtype), image)
@@ -93,6 +95,11 @@ def _jitter_color(key: jax.Array, image: jax.Array, strength: float) -> jax.Arra
     grey = (image @ jnp.asarray(_LUMA))[..., None]
     mean = grey.mean()
     return jnp.clip(mean + contrast * (grey - mean + saturation * (image - grey)), 0, 255)
+
+
+def _change_white_balance(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
+    """Each channel of pixels 0 to 255 by its own factor from 1 - strength to 1 + strength, as cameras differ."""
+    return jnp.clip(image * jax.random.uniform(key, (3,), minval=1 - strength, maxval=1 + strength), 0, 255)
 
 
 # Random erasing (Zhong et al. 2020, Algorithm 1): bounds of the erased share of the image and of its height over its

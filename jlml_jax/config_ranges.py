@@ -21,6 +21,7 @@ RANGES = {
     "data.std": "(0, inf)",
     "augment.crop_padding": "[0, inf)",
     "augment.color_jitter": "[0, 1]",
+    "augment.white_balance": "[0, 1]",
     "augment.erasing_probability": "[0, 1]",
     "model.num_strips": "[1, inf)",
     "model.stem_features": "[1, inf)",

@@ -24,10 +24,11 @@ def images_of(count=32, height=12, width=8):
 
 
 @functools.cache
-def augmentation(flip, crop_padding, axis_name=None, erasing_probability=0.0, size=None, color_jitter=0.0):
+def augmentation(flip, crop_padding, axis_name=None, erasing_probability=0.0, size=None, color_jitter=0.0,
+                 white_balance=0.0):
     """At an input size of `size`; that of the images if none is given."""
     settings = ConfigDict({"flip": flip, "crop_padding": crop_padding, "color_jitter": color_jitter,
-                           "erasing_probability": erasing_probability})
+                           "white_balance": white_balance, "erasing_probability": erasing_probability})
 
     def changed(key, images):
         height, width = size or images.shape[1:3]
@@ -146,6 +147,33 @@ def test_color_jitter_stays_in_range_and_leaves_what_moves_as_it_was():
     moved = np.asarray(augmentation(True, 2)(key, images)).astype(float)
     alike = [np.corrcoef(a.mean(-1).ravel(), b.mean(-1).ravel())[0, 1] for a, b in zip(changed, moved, strict=True)]
     assert np.median(alike) > 0.8
+
+
+def test_white_balance_scales_each_channel_by_a_factor_of_its_own():
+    strength, key = 0.2, jax.random.key(0)
+    balance = augmentation(False, 0, white_balance=strength)
+    images = np.random.default_rng(0).integers(20, 200, (2_000, 12, 8, 3), dtype=np.uint8)
+    factors = np.asarray(balance(key, images)) / images
+    np.testing.assert_allclose(factors, np.broadcast_to(factors[:, :1, :1], factors.shape), rtol=1e-5)  # one an image
+    factors = factors[:, 0, 0]
+    assert 0.8 - 1e-3 < factors.min() < 0.81 and 1.19 < factors.max() < 1.2 + 1e-3
+    np.testing.assert_allclose(factors.mean(0), 1, atol=0.01)
+    np.testing.assert_allclose(factors.std(0), 0.4 / np.sqrt(12), rtol=0.05)  # uniform
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.06
+
+
+def test_white_balance_stays_in_range_and_leaves_what_else_is_drawn_as_it_was():
+    images, key = images_of(64), jax.random.key(0)
+    others = {"erasing_probability": 0.5, "color_jitter": 0.3}
+    plain = np.asarray(augmentation(True, 2, **others)(key, images))
+    changed = np.asarray(augmentation(True, 2, white_balance=0.5, **others)(key, images))
+    assert changed.min() == 0 and changed.max() == 255
+    erased = (plain == np.round(255 * np.array(FILL))).all(-1)
+    assert 0.1 < erased.mean() < 0.3
+    np.testing.assert_array_equal(changed[erased], plain[erased])
+    inside = ~erased[..., None] & (changed > 0.5) & (changed < 254.5) & (plain > 0.5)
+    factors = np.where(inside, changed / np.maximum(plain, 0.5), np.nan)
+    assert np.nanmax(np.nanmax(factors, (1, 2)) - np.nanmin(factors, (1, 2))) < 1e-3
 
 
 @pytest.mark.parametrize("size", [(24, 16), (12, 20), (31, 8), (21, 23)])
